@@ -1,0 +1,52 @@
+"""The toy world: moving shapes, their words, a fixed codec, and an oracle that reads videos back."""
+
+from torch.utils.data import Dataset
+
+from . import shapes, words
+from .codec import Codec
+
+
+class World:
+    """What the training loop needs of a world: `codec`, `prompt_encoder`, `tokenizer`, `shape` of z_v, `dataset(split)`."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+        self.codec = Codec()
+        self.tokenizer = words.Tokenizer()
+        self.prompt_encoder = words.PromptEncoder(self.tokenizer)
+        self.shape = self.codec.latent_shape(shapes.T, shapes.H, shapes.W)  # (C, F, H, W)
+
+    def dataset(self, split):
+        """The clips of "train", "seen" or "unseen" as a Dataset. Raises ValueError for another split."""
+        return Shapes(self, split)
+
+
+class Shapes(Dataset):
+    """Endless clips, made when asked for: any integers >= 0 are indices, so it has no length and stores nothing.
+
+    A batch is made in one go and comes out collated: a DataLoader needs a batch sampler and `collate_fn=lambda batch: batch`.
+    """
+
+    def __init__(self, world, split):
+        if split not in shapes.SPLITS:
+            raise ValueError(f"split is {split!r}, wanted one of {', '.join(shapes.SPLITS)}")
+        self.world, self.split = world, split
+
+    def clips(self, indices):
+        """The true attributes and starts behind these indices, as shapes.Clips."""
+        return shapes.sample(indices, self.split, self.world.seed)
+
+    def __getitems__(self, indices):
+        """B indices -> dict(z_v (B, C, F, H, W) float32, prompt and caption (B, N) int64, c (B, L, width) float32)."""
+        clips = self.clips(indices)
+        prompts = words.brief(clips.attributes)
+        return {
+            "z_v": self.world.codec.encode(shapes.render(clips)),
+            "prompt": self.world.tokenizer.encode(prompts),
+            "caption": self.world.tokenizer.encode(words.detailed(clips.attributes)),
+            "c": self.world.prompt_encoder(prompts),
+        }
+
+    def __getitem__(self, index):
+        """One index -> the same dict without the batch axis."""
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}

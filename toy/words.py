@@ -1,0 +1,93 @@
+"""The words of the toy world: two forms of description, their tokens, and the frozen stand-in for umT5."""
+
+import numpy as np
+import torch
+
+from .shapes import ATTRIBUTES, names
+
+N = 16  # tokens of a text: words, EOS, PAD ...
+PAD, EOS = 0, 1
+
+BRIEF = "a {colour} {shape} moving {direction}"
+DETAILED = "a {size} {colour} {shape} starts {place} and moves {speed} {direction} on a {background} background"
+
+
+def brief(attributes):
+    """What a user would ask for: (B, 7) int64 -> B prompts such as "a red circle moving right"."""
+    return [BRIEF.format(**values) for values in names(attributes)]
+
+
+def detailed(attributes):
+    """Everything there is to say: (B, 7) int64 -> B captions of 15 words, in the form DETAILED."""
+    return [DETAILED.format(**values) for values in names(attributes)]
+
+
+def parse(text, form=DETAILED):
+    """What a text says: attribute -> value, or None where it says nothing valid. Any text is accepted.
+
+    An attribute is read at its position in the form and nowhere else, since "left" and "right" are places and
+    directions; so a wrong word costs one attribute.
+    """
+    words = iter(text.split())
+    said = dict.fromkeys(ATTRIBUTES)
+    for slot in form.split():
+        name = slot.strip("{}")
+        value = " ".join(next(words, "") for _ in range(2 if name == "place" else 1))
+        if slot != name and value in ATTRIBUTES[name]:
+            said[name] = value
+    return said
+
+
+class Tokenizer:
+    """Text <-> y (B, N) int64: one token a word, then EOS, then PAD. `words[i]` is the word of token i."""
+
+    def __init__(self):
+        values = " ".join(value for options in ATTRIBUTES.values() for value in options)
+        grammar = [word for word in f"{BRIEF} {DETAILED}".split() if "{" not in word]
+        self.words = ["PAD", "EOS", *sorted({*values.split(), *grammar})]
+        self.ids = {word: i for i, word in enumerate(self.words) if i > EOS}
+
+    def __len__(self):
+        return len(self.words)
+
+    def encode(self, texts):
+        """B texts -> y (B, N) int64. Raises ValueError for a word outside the vocabulary and for over N - 1 words."""
+        rows = [self.encode_one(text) for text in texts]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, N)
+
+    def encode_one(self, text):
+        """One text -> list of N ints."""
+        words = text.split()
+        if len(words) > N - 1:
+            raise ValueError(f"text has {len(words)} words, wanted at most {N - 1}: {text!r}")
+        for word in words:
+            if word not in self.ids:
+                raise ValueError(f"word is {word!r}, wanted one of: {' '.join(self.ids)}")
+        return [self.ids[word] for word in words] + [EOS] + [PAD] * (N - 1 - len(words))
+
+    def decode(self, y):
+        """y (B, any length) int64 -> B texts, each cut at its first EOS. Raises ValueError for an id out of range."""
+        if y.numel() and not 0 <= y.min() <= y.max() < len(self):
+            raise ValueError(f"token ids span {y.min()}..{y.max()}, wanted 0..{len(self) - 1}")
+        rows = (row[: row.index(EOS)] if EOS in row else row for row in y.tolist())
+        return [" ".join(self.words[i] for i in row) for row in rows]
+
+
+class PromptEncoder:
+    """Text -> c (B, N, width) float32: a fixed random vector per word plus a fixed code per position, then zeros.
+
+    Words enter with unit variance. After the words come zeros, not a mask, as in Wan; so "" is all zeros, the null prompt.
+    """
+
+    def __init__(self, tokenizer, width=64):
+        self.tokenizer = tokenizer
+        stream = np.random.RandomState(0)  # the one generator whose numbers never change with the version of numpy
+        self.word = torch.from_numpy(stream.randn(len(tokenizer), width)).float()
+        rate = 100.0 ** -torch.linspace(0, 1, width // 2)
+        angle = torch.arange(N)[:, None] * rate                                                         # (N, width/2)
+        self.position = torch.cat([angle.sin(), angle.cos()], 1)                                        # (N, width)
+
+    def __call__(self, texts):
+        """B texts -> c (B, N, width). Raises ValueError as Tokenizer.encode does."""
+        y = self.tokenizer.encode(texts)                                                                # (B, N)
+        return (self.word[y] + self.position) * (y > EOS)[..., None]                                    # (B, N, width)

@@ -1,0 +1,562 @@
+"""Uni-ViGU in one file: a video diffusion transformer (Wan2.1's) that also describes videos.
+
+Read it top to bottom, in the order the data flows:
+    Config, PRESETS      every size and choice
+    path, warp           noise -> data, and the clocks
+    Block, UniViGU       shared attention, one FFN expert per modality
+    uni_flow_loss        both flows, two independent clocks
+    understand, generate, joint      the samplers: they differ only in which clock runs
+
+Symbols, the same everywhere in this repository (B batch, F H W latent frames/height/width):
+    z_v    (B, C, F, H, W)   video latent; z_v1 data, z_v0 noise
+    y      (B, N) int64      text tokens; y_hat decoded ones
+    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise
+    tau_v, tau_t  (B,)       the two clocks in [0, 1]: 0 = noise, 1 = data (Wan's clock is t = 1000 (1 - tau))
+    c      (B, L, prompt_dim)  prompt embedding, zero-padded; null (zeros) = no prompt
+    v_v, v_t                 velocity = data - noise, shaped as z_v, z_t (minus Wan's output)
+    h      (B, n, dim)       hidden tokens; _v video (n_v of them), _t text (N of them)
+    eq. k                    equation k of the paper, arXiv 2604.08121
+
+Where we differ from the paper, or fill its silence:
+    1. E's rows have unit RMS (eq. 7 with a free E is minimised by E -> 0); embedding="literal" is the paper's text as it stands.
+    2. A small cross-entropy anchors z_t to E's rows ("align the token embeddings"); anchor=0 turns it off.
+    3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
+    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk, and warps the text clock;
+       clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
+    5. Text positions, text time embedder and text head: as in the authors' published weights, where the paper says nothing.
+    6. Guidance, shift, the initial gates: Wan's conventions, or choices measured in the toy (see README).
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+
+def option(default, help):
+    """A dataclass field with a sentence of explanation; train.py turns the sentence into --help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every size and choice of the model. Names that Wan2.1's config.json has are kept."""
+
+    dim: int = option(128, "width of the hidden tokens")
+    ffn_dim: int = option(512, "hidden width of the video expert FFN_v")
+    num_heads: int = option(4, "attention heads; dim / num_heads must be even and at least 6")
+    num_layers: int = option(4, "transformer blocks")
+    in_dim: int = option(16, "channels of the video latent that comes in")
+    out_dim: int = option(16, "channels of the video velocity that goes out")
+    patch_size: tuple[int, int, int] = option((1, 2, 2), "latent frames, rows and columns that one video token covers")
+    freq_dim: int = option(256, "sinusoids of a clock")
+    eps: float = option(1e-6, "epsilon of every norm that Wan has")
+    prompt_dim: int = option(64, "width of the prompt embedding c (4096 for umT5-xxl; Wan's text_dim)")
+    prompt_len: int = option(16, "length c is zero-padded to (512 in Wan; Wan's text_len)")
+    vocab_size: int = option(48, "V, rows of the token embedding E")
+    text_len: int = option(16, "N, text tokens of a caption")
+    text_dim: int = option(64, "d, width of a text token's embedding")
+    text_ffn_dim: int = option(512, "hidden width of the text expert FFN_t")
+    text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of the video expert (the published weights)")
+    text_flow: str = option("embedding", "'embedding': flow matching over token embeddings, eq. 7-8")
+    text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper) or the data point 'x1'")
+    embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal' as eq. 7 stands (collapses)")
+    text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = u / (u + s (1 - u)); 1 = the paper's")
+    gate_init: float = option(0.0, "added to the random initial gates; 0 = Wan's, 1 trains faster from scratch")
+
+    def __post_init__(self):
+        self.patch_size = tuple(self.patch_size)  # JSON has lists only
+        for name, allowed in dict(text_ffn_init=("new", "copy"), text_flow=("embedding",),
+                                  text_output=("velocity", "x1"), embedding=("unit", "literal")).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {allowed}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}, wanted at least 1")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers (frames, rows, columns)")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
+            raise ValueError(f"dim {self.dim} over num_heads {self.num_heads}: wanted an even head width of at least 6")
+        if self.text_ffn_init == "copy" and self.text_ffn_dim != self.ffn_dim:
+            raise ValueError(f"text_ffn_init='copy' needs text_ffn_dim = ffn_dim, found {self.text_ffn_dim} and {self.ffn_dim}")
+        if self.text_shift <= 0:
+            raise ValueError(f"text_shift is {self.text_shift}, wanted a positive number")
+
+
+_WAN = dict(prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
+PRESETS = {
+    "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
+    "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
+    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
+}
+
+
+# ---------------------------------------------------------------- the path, its velocity, the clocks
+
+def per_sample(tau, z):
+    """tau (B,) reshaped to (B, 1, ..., 1), so that it multiplies z sample by sample."""
+    return tau.view(-1, *[1] * (z.ndim - 1))
+
+
+def path(z0, z1, tau):
+    """The straight path from noise z0 to data z1 (eq. 1), its point at tau (B,) and its constant velocity, both shaped as z1."""
+    tau = per_sample(tau, z1)
+    z = (1 - tau) * z0 + tau * z1                                   # eq. 1; video: eq. 6, text: eq. 7
+    u = z1 - z0                                                     # what eq. 2 regresses on
+    return z, u
+
+
+def warp(u, shift):
+    """A clock that lingers near noise for shift > 1: [0, 1] -> [0, 1]. It is Wan's sigma' = s sigma / (1 + (s - 1) sigma) in tau."""
+    return u / (u + shift * (1 - u))
+
+
+# ---------------------------------------------------------------- building blocks
+
+class Linear(nn.Linear):
+    """nn.Linear that follows the dtype of its weight, so that the residual stream may stay fp32 over bf16 weights."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Linear32(nn.Linear):
+    """nn.Linear computed in fp32 whatever the autocast: Wan's time embedding and head lose too much in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width (all heads together, as Wan), in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def layer_norm(h, eps):
+    """LayerNorm without parameters, in fp32."""
+    return F.layer_norm(h.float(), h.shape[-1:], eps=eps)
+
+
+def ffn(dim, hidden):
+    """FFN(h) = W2 gelu(W1 h + b1) + b2, each token on its own (eq. 13)."""
+    return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))  # eq. 13
+
+
+def sinusoid(tau, dim):
+    """Clock tau (B,) in [0, 1] -> (B, dim) features of Wan's t = 1000 (1 - tau): cosines first, then sines, angles in float64."""
+    frequency = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64, device=tau.device) / (dim // 2))
+    angle = 1000 * (1 - tau.double())[:, None] * frequency          # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()    # (B, dim)
+
+
+# ---------------------------------------------------------------- positions
+
+@lru_cache(maxsize=32)
+def video_rope(size, head_dim, device):
+    """3-D RoPE of a (F, H, W) token grid: cos and sin, (F*H*W, head_dim/2) each. Axes share the pairs as Wan's: 22/21/21 of 64."""
+    widths = head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)
+    angles = [torch.arange(n, dtype=torch.float64)[:, None] * 10000 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
+              for n, w in zip(size, widths)]
+    (f, h, w), (a_f, a_h, a_w) = size, angles
+    angle = torch.cat([a_f[:, None, None].expand(f, h, w, -1),
+                       a_h[None, :, None].expand(f, h, w, -1),
+                       a_w[None, None, :].expand(f, h, w, -1)], dim=-1).reshape(f * h * w, -1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+@lru_cache(maxsize=32)
+def text_rope(n, head_dim, device):
+    """1-D RoPE of n text tokens from position 0, over the whole head: cos and sin, (n, head_dim/2) each."""
+    frequency = 10000 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x, cos, sin, pairs):
+    """Rotates x (B, heads, n, head_dim) by angles (n, head_dim/2), each acting on one pair of entries.
+
+    pairs: "adjacent" = (2i, 2i+1), Wan's video tokens; "halves" = (i, i + head_dim/2), text tokens as published.
+    """
+    split, join = ("(i two)", "two") if pairs == "adjacent" else ("(two i)", "two")
+    a, b = rearrange(x.float(), f"b m n {split} -> {join} b m n i", two=2)
+    return rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"two b m n i -> b m n {split}").type_as(x)
+
+
+# ---------------------------------------------------------------- attention and the block
+
+class Attention(nn.Module):
+    """Multi-head attention with full-width q/k RMSNorm; parameters named as Wan's."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x, context, rope=None):
+        """x (B, n, dim) attends to context (B, m, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence."""
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
+        q, k, v = (rearrange(s, "b n (m d) -> b m n d", m=self.num_heads) for s in (q, k, v))
+        if rope is not None:
+            sizes = [len(cos) for cos, _, _ in rope]
+            q, k = (torch.cat([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
+        a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
+        return self.o(rearrange(a, "b m n d -> b n (m d)"))
+
+
+class Block(nn.Module):
+    """One block of Wan's DiT (eq. 4, eq. 5), its attention shared by both modalities, its FFN split in two experts."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.eps = eps
+        self.self_attn = Attention(dim, config.num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = Attention(dim, config.num_heads, eps)
+        self.ffn = ffn(dim, config.ffn_dim)                         # the video expert, under Wan's name
+        self.ffn_t = ffn(dim, config.text_ffn_dim)                  # the text expert
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(self, h, e, c, rope):
+        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h."""
+        sizes = [h_m.shape[1] for h_m in h]
+        mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
+        norm = lambda i, shift, scale: layer_norm(h[i], self.eps) * (1 + scale[i]) + shift[i]
+        streams = range(len(h))
+
+        x = torch.cat([norm(i, shift, scale) for i in streams], dim=1)                       # [h_v; h_t]
+        a = self.self_attn(x, x, rope).split(sizes, dim=1)                                   # eq. 14
+        h = [h[i] + gate[i] * a[i] for i in streams]
+
+        a = self.cross_attn(self.norm3(torch.cat(h, dim=1)), c).split(sizes, dim=1)          # eq. 4, no gate
+        h = [h[i] + a[i] for i in streams]
+
+        experts = (self.ffn, self.ffn_t)
+        return [h[i] + gate_ffn[i] * experts[i](norm(i, shift_ffn, scale_ffn)) for i in streams]  # eq. 5, eq. 15
+
+
+class Head(nn.Module):
+    """Norm, shift and scale by the clock, linear. Wan's for video; the text head's norm has a learned scale, as published."""
+
+    def __init__(self, dim, out_dim, eps, affine=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=affine, bias=False)
+        self.head = Linear32(dim, out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+
+    def forward(self, h, e):
+        """h (B, n, dim), e (B, dim) -> (B, n, out_dim)."""
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(F.layer_norm(h.float(), h.shape[-1:], self.norm.weight, None, self.norm.eps) * (1 + scale) + shift)
+
+
+# ---------------------------------------------------------------- the model
+
+class UniViGU(nn.Module, PyTorchModelHubMixin):
+    """Wan2.1's video DiT with a text stream. Parameters that Wan has keep Wan's names; the additions are TEXT_PARAMETERS."""
+
+    TEXT_PARAMETERS = ("token_embedding.", "text_in.", "time_embedding_t.", "time_projection_t.", "ffn_t.", "head_t.")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        dim, d = config.dim, config.text_dim
+        clock = lambda: nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        six = lambda: nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(Linear(config.prompt_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding, self.time_projection = clock(), six()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
+
+        self.token_embedding = nn.Embedding(config.vocab_size, d)   # E
+        self.text_in = Linear(d, dim)
+        self.time_embedding_t, self.time_projection_t = clock(), six()
+        self.head_t = Head(dim, d, eps=1e-5, affine=True)
+        self.init_weights()
+
+    @classmethod
+    def is_text(cls, name):
+        """Whether parameter `name` belongs to the text stream, that is, Wan does not have it."""
+        return any(part in f".{name}" for part in ("." + p for p in cls.TEXT_PARAMETERS))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Wan's initialisation, with gates that may start open (config.gate_init)."""
+        dim = self.config.dim
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for small in (self.text_embedding, self.time_embedding, self.time_embedding_t):
+            for layer in (small[0], small[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.modulation, std=dim**-0.5)
+            block.modulation[:, [2, 5]] += self.config.gate_init
+        for head in (self.head, self.head_t):
+            nn.init.normal_(head.modulation, std=dim**-0.5)
+            nn.init.zeros_(head.head.weight)                        # the first velocity is zero: no direction is better than a random one
+        nn.init.normal_(self.token_embedding.weight)                # unit RMS, as the noise and the video latents
+
+    @torch.no_grad()
+    def start_text(self):
+        """Call once on a pretrained generator: the text clock starts as a copy of the video's, and FFN_t too if so configured."""
+        self.time_embedding_t.load_state_dict(self.time_embedding.state_dict())
+        self.time_projection_t.load_state_dict(self.time_projection.state_dict())
+        if self.config.text_ffn_init == "copy":
+            for block in self.blocks:
+                block.ffn_t.load_state_dict(block.ffn.state_dict())
+
+    # ------------------------------------------------ text <-> text latent
+
+    def embedding_matrix(self):
+        """E (V, d) in fp32, with rows of unit RMS unless config.embedding is "literal"."""
+        E = self.token_embedding.weight.float()
+        return F.normalize(E, dim=-1) * E.shape[-1] ** 0.5 if self.config.embedding == "unit" else E
+
+    def embed(self, y):
+        """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d), eq. 7."""
+        return F.embedding(y, self.embedding_matrix())              # eq. 7: z_t1 = E[y]
+
+    def decode(self, z_t):
+        """Text latent z_t (B, N, d) -> the tokens y_hat (B, N) of largest dot product with E, eq. 8."""
+        return (z_t.float() @ self.embedding_matrix().T).argmax(-1)  # eq. 8
+
+    # ------------------------------------------------ both velocities
+
+    def check(self, z_v, z_t, tau_v, tau_t, c):
+        """Raises ValueError, with the shape found and the shape wanted, on inputs that do not fit together."""
+        cfg, b = self.config, len(z_v)
+        if z_v.ndim != 5 or z_v.shape[1] != cfg.in_dim or any(s % p or not s for s, p in zip(z_v.shape[2:], cfg.patch_size)):
+            raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
+        if c.ndim != 3 or len(c) != b or c.shape[1] > cfg.prompt_len or c.shape[2] != cfg.prompt_dim:
+            raise ValueError(f"c has shape {tuple(c.shape)}, wanted ({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
+        if z_t is not None and (z_t.ndim != 3 or len(z_t) != b or z_t.shape[2] != cfg.text_dim):
+            raise ValueError(f"z_t has shape {tuple(z_t.shape)}, wanted ({b}, N, {cfg.text_dim})")
+        for name, tau in (("tau_v", tau_v), ("tau_t", tau_t if z_t is not None else tau_v)):
+            if tau is None or tau.shape != (b,):
+                raise ValueError(f"{name} has shape {None if tau is None else tuple(tau.shape)}, wanted ({b},)")
+
+    def forward(self, z_v, z_t, tau_v, tau_t, c):
+        """Both velocities at one point of the two paths (eq. 10).
+
+        z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
+        z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None.
+        Raises ValueError on shapes that do not fit.
+        """
+        self.check(z_v, z_t, tau_v, tau_t, c)
+        cfg, device = self.config, z_v.device
+        head_dim = cfg.dim // cfg.num_heads
+        h_v = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))                # (B, dim, f, h, w)
+        grid = tuple(h_v.shape[2:])
+        h = [rearrange(h_v, "b c f h w -> b (f h w) c").float()]                             # (B, n_v, dim)
+        e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
+        e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
+        rope = [(*video_rope(grid, head_dim, device), "adjacent")]
+        if z_t is not None:
+            h.append(self.text_in(z_t).float())                                              # (B, N, dim)
+            e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
+            e6.append(self.time_projection_t(e[1]).unflatten(1, (6, -1)))
+            rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
+        c = self.text_embedding(F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1])))            # (B, L, dim); padding is seen, as in Wan
+
+        for block in self.blocks:
+            h = block(h, e6, c, rope)                                                        # h_v, h_t
+
+        (f, h_, w), (pf, ph, pw) = grid, cfg.patch_size
+        v_v = -rearrange(self.head(h[0], e[0]), "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+                         f=f, h=h_, w=w, pf=pf, ph=ph, pw=pw)       # Wan's head gives noise - data; a velocity is data - noise
+        return v_v, None if z_t is None else self.text_velocity(self.head_t(h[1], e[1]), z_t, tau_t)
+
+    def text_velocity(self, out, z_t, tau_t):
+        """Reads the text head's output as a velocity (B, N, d); an x1 prediction implies v = (x1_hat - z_t) / (1 - tau_t)."""
+        if self.config.text_output == "velocity":
+            return out
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                    # the clamp bounds the loss near data
+
+
+# ---------------------------------------------------------------- training: one loss for both flows
+
+# clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there
+# (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
+MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text is learned
+           "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
+           "joint": (0.20, 0.1),          # both run together, on the line that joint() walks
+           "independent": (0.15, None)}   # anywhere
+
+
+def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
+    """Draws both clocks of a batch, and which losses and prompts count.
+
+    Returns tau_v, tau_t (B,) in [0, 1]; on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has
+    nothing to learn); keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch.
+    """
+    u_v, u_t, coin, line = torch.rand(4, batch, generator=generator)
+    on = torch.ones(batch)
+    if kind == "independent":
+        return u_v, warp(u_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: tau_v, tau_t ~ U(0, 1)
+    if kind != "mixture":
+        raise ValueError(f"clocks is {kind!r}, wanted 'independent' or 'mixture'")
+    share = torch.tensor([s for s, _ in MIXTURE.values()]).cumsum(0)
+    line = torch.searchsorted(share, line).clamp(max=len(MIXTURE) - 1)
+    drop = torch.tensor([p_drop if p is None else p for _, p in MIXTURE.values()])[line]
+    is_ = {name: line == i for i, name in enumerate(MIXTURE)}
+    tau_t = warp(torch.where(is_["joint"], u_v, u_t), text_shift)
+    tau_v, tau_t = u_v.masked_fill(is_["understand"], 1.0), tau_t.masked_fill(is_["generate"], 1.0)
+    return tau_v, tau_t, on - is_["understand"].float(), on - is_["generate"].float(), (coin >= drop).float()
+
+
+def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="independent", lambda_v=1.0, lambda_t=None, anchor=0.1,
+                  generator=None):
+    """The uni-flow objective on one batch, eq. 6 to 11. One sample, one pair of clocks, one coin for its prompt.
+
+    z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain video generator (eq. 2);
+    c (B, <= L, prompt_dim) prompts, replaced by c_null (zeros by default) with probability p_drop per sample.
+    lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the cross-entropy that keeps z_t on E's rows (0 = paper).
+    generator: a CPU torch.Generator for clocks, coins and noise. Returns total (a scalar: eq. 11 divided by the number of
+    entries of a video latent, plus the anchor) and a dict of detached parts: "video", "text" (mean squared velocity error
+    of an entry, per sample (B,)), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,).
+    """
+    b, device = len(z_v1), z_v1.device
+    shift = getattr(model, "config", Config()).text_shift
+    tau_v, tau_t, on_v, on_t, keep = (s.to(device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
+    noise = lambda z: torch.randn(z.shape, generator=generator).to(z)
+    c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
+
+    z_v, u_v = path(noise(z_v1), z_v1, tau_v)                       # eq. 6, eq. 9
+    if y is None:
+        v_v, _ = model(z_v, None, tau_v, None, c)
+        loss_v = (v_v - u_v).square().flatten(1).mean(1)            # eq. 2
+        return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v, on_v=torch.ones_like(tau_v))
+
+    z_t1 = model.embed(y)                                           # (B, N, d)
+    z_t, u_t = path(noise(z_t1), z_t1, tau_t)                       # eq. 7, eq. 9
+    v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                     # eq. 10
+    se_v = on_v * (v_v - u_v).square().flatten(1).sum(1)            # (B,) squared norms
+    se_t = on_t * (v_t - u_t).square().flatten(1).sum(1)
+    n_v = z_v1[0].numel() / (z_v1.shape[1] * math.prod(model.config.patch_size))             # |z_v| in tokens
+    lambda_t = n_v / y.shape[1] if lambda_t is None else lambda_t   # |z_v| / |z_t|: each modality's token mean weighs the same
+    flow = (lambda_v * se_v + lambda_t * se_t).mean()               # eq. 11
+    ce = torch.zeros_like(tau_t)
+    if anchor:
+        z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t           # where the velocity points
+        logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5
+        ce = on_t * F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
+    total = flow / z_v1[0].numel() + anchor * ce.mean()
+    return total, dict(video=se_v.detach() / z_v1[0].numel(), text=se_t.detach() / z_t1[0].numel(), anchor=ce.detach(),
+                       tau_v=tau_v, tau_t=tau_t, on_v=on_v, on_t=on_t)
+
+
+# ---------------------------------------------------------------- inference: three modes, one Euler solver
+
+def clock_grid(steps, shift):
+    """The times an Euler solver visits: (steps + 1,) from 0 to 1, equally spaced in Wan's unshifted sigma."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, wanted at least 1")
+    if shift <= 0:
+        raise ValueError(f"shift is {shift}, wanted a positive number")
+    return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+
+
+def velocities(model, state, guidance, null):
+    """v = v_null + guidance (v_cond - v_null), both in one forward pass; guidance 1 is conditional, 0 unconditional.
+
+    state: (z_v, z_t, tau_v, tau_t, c); null: dict of the entries that differ without the condition.
+    """
+    if guidance == 1:
+        return model(*state)
+    names = ("z_v", "z_t", "tau_v", "tau_t", "c")
+    both = [None if s is None else torch.cat([null.get(name, s), s]) for name, s in zip(names, state)]
+    v_null, v_cond = zip(*[(None, None) if v is None else v.chunk(2) for v in model(*both)])
+    return [None if n is None else n + guidance * (v - n) for n, v in zip(v_null, v_cond)]
+
+
+def _noise(shape, like, generator):
+    return torch.randn(shape, generator=generator, device=generator.device if generator else "cpu").to(like.device)
+
+
+@torch.no_grad()
+def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None, generator=None, callback=None):
+    """Video -> text: the video is clean (tau_v = 1) and only the text's clock runs (eq. 16).
+
+    z_v (B, C, F, H, W) clean latents; c (B, <= L, prompt_dim) or None for no prompt; length N, shift: the model's own by
+    default. guidance contrasts with a video of pure noise. callback(i, tau_v, tau_t, z_v, z_t) after each step.
+    Returns y_hat (B, N) int64.
+    """
+    cfg, b = model.config, len(z_v)
+    c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
+    one, zero = z_v.new_ones(b), z_v.new_zeros(b)
+    z_t = _noise((b, length or cfg.text_len, cfg.text_dim), z_v, generator)
+    null = dict(z_v=_noise(z_v.shape, z_v, generator), tau_v=zero) if guidance != 1 else {}
+    grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
+    for i, (tau, after) in enumerate(zip(grid, grid[1:])):
+        _, v_t = velocities(model, (z_v, z_t, one, zero + tau, c), guidance, null)
+        z_t = z_t + (after - tau) * v_t                             # eq. 16
+        if callback:
+            callback(i, 1.0, after, z_v, z_t)
+    return model.decode(z_t)
+
+
+@torch.no_grad()
+def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=None, generator=None, callback=None):
+    """Text -> video: the text is clean (tau_t = 1) and only the video's clock runs (eq. 17).
+
+    y (B, N) int64 tokens, or None for the plain video generator, which reads c alone (eq. 3); c (B, <= L, prompt_dim);
+    shape (C, F, H, W) of one latent. guidance contrasts with no prompt (c_null, zeros by default) and a text of pure noise.
+    callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W).
+    """
+    b = len(c)
+    one, zero = c.new_ones(b), c.new_zeros(b)
+    z_v = _noise((b, *shape), c, generator)
+    z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
+    null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
+    if null and y is not None:
+        null |= dict(z_t=_noise(z_t.shape, c, generator), tau_t=zero)
+    grid = clock_grid(steps, shift).tolist()
+    for i, (tau, after) in enumerate(zip(grid, grid[1:])):
+        v_v, _ = velocities(model, (z_v, z_t, zero + tau, tau_t, c), guidance, null)
+        z_v = z_v + (after - tau) * v_v                             # eq. 17 (eq. 3 without text)
+        if callback:
+            callback(i, after, 1.0, z_v, z_t)
+    return z_v
+
+
+@torch.no_grad()
+def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None, length=None, generator=None, callback=None):
+    """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
+
+    c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default) warp the two grids, equal
+    ones are the paper's. guidance contrasts with no prompt. callback as above. Returns z_v (B, C, F, H, W), y_hat (B, N).
+    """
+    cfg, b = model.config, len(c)
+    zero = c.new_zeros(b)
+    z_v = _noise((b, *shape), c, generator)
+    z_t = _noise((b, length or cfg.text_len, cfg.text_dim), c, generator)
+    null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
+    grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, cfg.text_shift if text_shift is None else text_shift).tolist()
+    for i in range(steps):
+        v_v, v_t = velocities(model, (z_v, z_t, zero + grid_v[i], zero + grid_t[i], c), guidance, null)
+        z_v = z_v + (grid_v[i + 1] - grid_v[i]) * v_v               # eq. 18
+        z_t = z_t + (grid_t[i + 1] - grid_t[i]) * v_t               # eq. 18
+        if callback:
+            callback(i, grid_v[i + 1], grid_t[i + 1], z_v, z_t)
+    return z_v, model.decode(z_t)
