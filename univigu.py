@@ -58,7 +58,7 @@ class Config:
     eps: float = option(1e-6, "epsilon of every norm that Wan has")
     prompt_dim: int = option(64, "width of the prompt embedding c (4096 for umT5-xxl; Wan's text_dim)")
     prompt_len: int = option(16, "length c is zero-padded to (512 in Wan; Wan's text_len)")
-    vocab_size: int = option(48, "V, rows of the token embedding E")
+    vocab_size: int = option(34, "V, rows of the token embedding E")
     text_len: int = option(16, "N, text tokens of a caption")
     text_dim: int = option(64, "d, width of a text token's embedding")
     text_ffn_dim: int = option(512, "hidden width of the text expert FFN_t")

@@ -4,10 +4,17 @@ from torch.utils.data import Dataset
 
 from . import shapes, words
 from .codec import Codec
+from .evaluate import SAMPLING, evaluate
 
 
 class World:
-    """What the training loop needs of a world: `codec`, `prompt_encoder`, `tokenizer`, `shape` of z_v, `dataset(split)`."""
+    """What the training loop and sample.py need of a world.
+
+    `codec`, `prompt_encoder`, `tokenizer`, `dataset(split)`; `shape` (C, F, H, W) of one z_v, `frame_shape` (3, T, H, W) of
+    one clip, `text_len` N; `sampling`: mode -> how it samples by default; `evaluate(...)`.
+    """
+
+    sampling = SAMPLING
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -15,10 +22,16 @@ class World:
         self.tokenizer = words.Tokenizer()
         self.prompt_encoder = words.PromptEncoder(self.tokenizer)
         self.shape = self.codec.latent_shape(shapes.T, shapes.H, shapes.W)  # (C, F, H, W)
+        self.frame_shape = (3, shapes.T, shapes.H, shapes.W)
+        self.text_len = words.N
 
     def dataset(self, split):
         """The clips of "train", "seen" or "unseen" as a Dataset. Raises ValueError for another split."""
         return Shapes(self, split)
+
+    def evaluate(self, model, out, clips, elapsed, has_text):
+        """See toy/evaluate.py."""
+        return evaluate(model, self, out, clips, self.seed, elapsed, has_text)
 
 
 class Shapes(Dataset):

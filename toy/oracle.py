@@ -6,14 +6,22 @@ from einops import einsum, rearrange, reduce
 from .shapes import ATTRIBUTES, BACKGROUND, COLOUR, DIRECTION, RADIUS, SPEED, START, H, T, W, coverage, path
 
 
+NEAR = 7  # pixels: no shape reaches further from its centre, whatever blur or a wavering path adds
+
+
 def read(frames):
     """frames (B, 3, T, H, W) float in [-1, 1] -> attributes (B, 7) int64, columns in the order of ATTRIBUTES.
 
-    Always answers, with the nearest clip that could have been drawn. Raises ValueError for frames of another shape.
+    Always answers, with the nearest values of each attribute. Raises ValueError for frames of another shape.
     """
     if frames.ndim != 5 or frames.shape[1:] != (3, T, H, W):
         raise ValueError(f"frames have shape {tuple(frames.shape)}, wanted (B, 3, {T}, {H}, {W})")
-    frames = frames.float().cpu()
+    batches = frames.float().cpu().split(32)  # small ones stay in the processor's cache: several times faster
+    return torch.cat([read_batch(batch) for batch in batches])                                # (B, 7)
+
+
+def read_batch(frames):
+    """As read, in one go."""
     background, behind = read_background(frames)                                              # (B,), (B, 3)
     difference = frames - rearrange(behind, "b rgb -> b rgb 1 1 1")
     colour, alpha = read_colour(difference, behind)                                           # (B,), (B, T, H, W)
@@ -40,15 +48,15 @@ def read_background(frames):
 def read_colour(difference, behind):
     """The colour whose difference from the background points the same way, and how far each pixel goes along it.
 
-    difference (B, 3, T, H, W) from the background, behind (B, 3) -> colour (B,), alpha (B, T, H, W) in [0, 1].
+    difference (B, 3, T, H, W) from the background, behind (B, 3) -> colour (B,), alpha (B, T, H, W), 0 background, 1 colour.
     """
     size = difference.square().sum(1, keepdim=True)                     # strong pixels count most: noise has no direction
     summed = reduce(difference * size, "b rgb t h w -> b rgb", "sum")
     steps = COLOUR - behind[:, None]                                                          # (B, colour, 3)
     colour = einsum(summed, steps / steps.norm(dim=2, keepdim=True), "b rgb, b colour rgb -> b colour").argmax(1)
     step = steps[torch.arange(len(steps)), colour]                                            # (B, 3)
-    alpha = einsum(difference, step, "b rgb t h w, b rgb -> b t h w")
-    return colour, (alpha / step.square().sum(1)[:, None, None, None]).clamp(0, 1)
+    step = step / step.square().sum(1, keepdim=True)
+    return colour, einsum(difference, step, "b rgb t h w, b rgb -> b t h w")
 
 
 def read_motion(alpha):
@@ -56,26 +64,39 @@ def read_motion(alpha):
 
     The line through the centroids gives the velocity; with the nearest one that is drawn, the start is their mean.
     """
-    weight = (alpha - 0.25).clamp(min=0) + 1e-6                         # below a quarter it may be noise
+    weight = (alpha.clamp(max=1) - 0.25).clamp(min=0) + 1e-6            # below a quarter it may be noise
+    time = torch.arange(T) - (T - 1) / 2
+    middle, velocity = fit_line(weight, time)
+    line = middle[:, None] + time[:, None] * velocity[:, None]                                # (B, T, 2)
+    x = torch.arange(W) + 0.5 - line[..., None, None, 0]                                      # (B, T, 1, W)
+    y = torch.arange(H)[:, None] + 0.5 - line[..., None, None, 1]                             # (B, T, H, 1)
+    near = (x.abs() < NEAR) & (y.abs() < NEAR)                                                # (B, T, H, W)
+    middle, velocity = fit_line(weight * near + 1e-6, time)             # again, without what is far from the first line
+    along = velocity @ DIRECTION.T                                                            # (B, direction)
+    direction, speed = along.argmax(1), nearest(along.amax(1), SPEED)
+    return speed, direction, middle - path(torch.zeros(1, 2), speed, direction).mean(1)
+
+
+def fit_line(weight, time):
+    """Least squares through the centroids of weight (B, T, H, W) -> position at time 0 and velocity, (B, 2) each."""
     mass = reduce(weight, "b t h w -> b t", "sum")
     x = einsum(weight, torch.arange(W) + 0.5, "b t h w, w -> b t") / mass
     y = einsum(weight, torch.arange(H) + 0.5, "b t h w, h -> b t") / mass
     centres = torch.stack([x, y], 2)                                                          # (B, T, 2)
-    time = torch.arange(T) - (T - 1) / 2
-    velocity = einsum(centres, time / time.square().sum(), "b t xy, t -> b xy")
-    along = velocity @ DIRECTION.T                                                            # (B, direction)
-    direction = along.argmax(1)
-    speed = nearest(along.amax(1), SPEED)
-    start = (centres - path(torch.zeros(1, 2), speed, direction)).mean(1)                     # (B, 2)
-    return speed, direction, start
+    return centres.mean(1), einsum(centres, time / time.square().sum(), "b t xy, t -> b xy")
 
 
 def read_shape(alpha, centres):
-    """Draw every size and shape along the path and take the closest: alpha (B, T, H, W), centres (B, T, 2) -> (B,), (B,)."""
+    """Draw every size and shape along the path and take the closest: alpha (B, T, H, W), centres (B, T, 2) -> (B,), (B,).
+
+    Each may fade to half its contrast, so that a large pale shape is not taken for a small one.
+    """
     errors = []
     for radius in RADIUS:
         for shape in ATTRIBUTES["shape"]:
             template = coverage(shape, radius.expand(len(alpha)), centres)                    # (B, T, H, W)
-            errors.append((alpha - template).square().sum((1, 2, 3)))
+            overlap, size = (alpha * template).sum((1, 2, 3)), template.square().sum((1, 2, 3))
+            contrast = (overlap / size).clamp(0.5, 1)
+            errors.append(contrast**2 * size - 2 * contrast * overlap)  # |alpha - contrast template|^2 less |alpha|^2
     best = torch.stack(errors, 1).argmin(1)                                                   # (B,)
     return best // len(ATTRIBUTES["shape"]), best % len(ATTRIBUTES["shape"])

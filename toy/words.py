@@ -80,7 +80,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer, width=64):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.width = tokenizer, width
         stream = np.random.RandomState(0)  # the one generator whose numbers never change with the version of numpy
         self.word = torch.from_numpy(stream.randn(len(tokenizer), width)).float()
         rate = 100.0 ** -torch.linspace(0, 1, width // 2)

@@ -1,0 +1,141 @@
+"""How well a model reads, draws and does both, on clips it never saw: numbers, a table, and pictures to look at."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from univigu import generate, joint, understand
+
+from . import oracle, shapes, words
+
+# How each mode samples unless told otherwise; sample.py uses the same.
+SAMPLING = {"understand": dict(steps=16, guidance=1.0), "generate": dict(steps=20, guidance=3.0), "joint": dict(steps=24, guidance=2.0)}
+ALL = tuple(shapes.ATTRIBUTES)
+BRIEF = ("colour", "shape", "direction")  # what a brief prompt asks for
+BATCH = 128
+
+
+def said(texts):
+    """B captions -> the attributes they state, (B, 7) int64, -1 where one states nothing valid."""
+    index = {name: {value: i for i, value in enumerate(values)} | {None: -1} for name, values in shapes.ATTRIBUTES.items()}
+    return torch.tensor([[index[name][value] for name, value in words.parse(text).items()] for text in texts])
+
+
+def score(found, wanted, names=ALL):
+    """found, wanted (B, 7) int64 -> mean accuracy over `names`, and a dict with that of every attribute."""
+    right = dict(zip(ALL, (found == wanted).double().mean(0).tolist()))
+    return round(sum(right[name] for name in names) / len(names), 4), {name: round(value, 4) for name, value in right.items()}
+
+
+def sample_split(model, world, split, clips, seed, has_text, sampling=SAMPLING):
+    """Runs the modes over clips 0 .. clips - 1 of a split; returns a dict of everything they gave, in order."""
+    found = {}
+
+    def keep(**parts):
+        for name, part in parts.items():
+            found.setdefault(name, []).extend(part)
+
+    dataset = world.dataset(split)
+    for first in range(0, clips, BATCH):
+        indices = range(first, min(first + BATCH, clips))
+        batch, truth = dataset.__getitems__(indices), dataset.clips(indices).attributes
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        drawn = generate(model, batch["caption"] if has_text else None, batch["c"], world.shape, generator=generator, **sampling["generate"])
+        keep(truth=truth, prompts=words.brief(truth), wanted=words.detailed(truth), drawn=world.codec.decode(drawn))
+        if has_text:
+            y_hat = understand(model, batch["z_v"], generator=generator, **sampling["understand"])
+            z_v, y_joint = joint(model, batch["c"], world.shape, generator=generator, **sampling["joint"])
+            keep(frames=world.codec.decode(batch["z_v"]), captions=world.tokenizer.decode(y_hat),
+                 joint_frames=world.codec.decode(z_v), joint_captions=world.tokenizer.decode(y_joint))
+    return found
+
+
+def measure(found, suffix, results):
+    """Adds a split's figures to results: each mode's accuracy, and the chance level: the same answers held against another clip."""
+    truth = torch.stack(found["truth"])
+    drawn = oracle.read(torch.stack(found["drawn"]))
+    pairs = {"generation.attribute_accuracy": (drawn, truth, BRIEF)}
+    if "captions" in found:
+        captions, joint_captions, joint_frames = said(found["captions"]), said(found["joint_captions"]), oracle.read(torch.stack(found["joint_frames"]))
+        pairs |= {"understanding.attribute_accuracy": (captions, truth, ALL), "joint.agreement": (joint_captions, joint_frames, ALL),
+                  "joint.prompt_followed": (joint_frames, truth, BRIEF)}
+    for key, (a, b, names) in pairs.items():
+        mode, name = key.split(".")
+        results.setdefault(mode, {})[name + suffix], results[mode][f"{name}_each{suffix}"] = score(a, b, names)
+        results.setdefault("chance", {})[key + suffix] = score(a, b.roll(1, 0), names)[0]
+    if "captions" in found:
+        results["understanding"]["exact_match" + suffix] = round((captions == truth).all(1).double().mean().item(), 4)
+        results["chance"]["understanding.exact_match" + suffix] = round((captions == truth.roll(1, 0)).all(1).double().mean().item(), 4)
+
+
+# ---------------------------------------------------------------- what a person sees
+
+def table(results):
+    """The figures as text, a line per mode; "seen" are unseen clips of seen combinations, "unseen" those of combinations never trained on."""
+    lines = [f"{'':32}{'seen':>8}{'unseen':>8}{'chance':>8}   " + " ".join(f"{name:>10}" for name in ALL)]
+    for mode, name in (("understanding", "attribute_accuracy"), ("understanding", "exact_match"), ("generation", "attribute_accuracy"),
+                       ("joint", "agreement"), ("joint", "prompt_followed")):
+        if mode in results:
+            r = results[mode]
+            each = r.get(f"{name}_each", {})
+            lines.append(f"{mode + '.' + name:32}{r[name]:8.3f}{r[name + '_unseen']:8.3f}{results['chance'][mode + '.' + name]:8.3f}   "
+                         + " ".join(f"{each[a]:10.3f}" for a in each))
+    return "\n".join(lines)
+
+
+def to_image(frame, zoom):
+    """One frame (3, H, W) in [-1, 1] -> a PIL image, each pixel zoom x zoom."""
+    pixels = rearrange(frame, "rgb h w -> h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.NEAREST)
+
+
+def contact_sheet(found, rows=4, zoom=3):
+    """Rows of clips, a mode under the other: every other frame, and what was asked or said."""
+    entries = []
+    for i in range(min(rows, len(found["drawn"]))):
+        if "captions" in found:
+            entries.append((0, "understand", found["frames"][i], f"the model: {found['captions'][i]}", f"the truth: {found['wanted'][i]}"))
+            entries.append((2, "joint", found["joint_frames"][i], f"asked: {found['prompts'][i]}", f"written: {found['joint_captions'][i]}"))
+        entries.append((1, "generate", found["drawn"][i], f"asked: {found['wanted'][i] if 'captions' in found else found['prompts'][i]}", ""))
+    side = shapes.H * zoom
+    sheet = Image.new("RGB", (70 + 5 * (side + 4) + 520, len(entries) * (side + 6) + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (_, mode, frames, above, below) in enumerate(sorted(entries, key=lambda entry: entry[0])):
+        top = 6 + row * (side + 6)
+        draw.text((4, top + side // 2 - 6), mode, fill="black")
+        for j in range(5):
+            sheet.paste(to_image(frames[:, 2 * j], zoom), (70 + j * (side + 4), top))
+        draw.text((80 + 5 * (side + 4), top + side // 2 - 16), f"{above}\n{below}", fill="black")
+    return sheet
+
+
+def write_gif(path, frames, zoom=8, fps=8):
+    """frames (3, T, H, W) in [-1, 1] -> an enlarged GIF that repeats, holding its last frame for a moment."""
+    first, *rest = [to_image(frame, zoom) for frame in frames.unbind(1)]
+    first.save(path, save_all=True, append_images=rest, duration=[1000 // fps] * len(rest) + [800], loop=0)
+
+
+def evaluate(model, world, out, clips, seed, elapsed, has_text):
+    """Measures a model on `clips` clips of each split; prints the table, writes results.json, samples.png and GIFs into `out`.
+
+    elapsed: seconds of training before; results["wall_s"] is the sum. Returns results.
+    """
+    begin, out, results = time.time(), Path(out), {"seed": seed, "clips": clips}
+    for split, suffix in (("seen", ""), ("unseen", "_unseen")):
+        found = sample_split(model, world, split, clips, seed, has_text)
+        measure(found, suffix, results)
+        if split == "seen":
+            contact_sheet(found).save(out / "samples.png")
+            gifs = {"generate": ("drawn", "wanted")} | ({"understand": ("frames", "captions"), "joint": ("joint_frames", "joint_captions")} if has_text else {})
+            for mode, (video, text) in gifs.items():
+                write_gif(out / f"{mode}.gif", found[video][0])
+                results.setdefault("pictures", {})[f"{mode}.gif"] = found[text][0]
+    results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(f"{results['wall_s'] / 60:.1f} minutes in all, {results['train_s'] / 60:.1f} of them training; pictures: {out}/samples.png, {out}/*.gif")
+    return results
