@@ -4,7 +4,7 @@ from torch.utils.data import Dataset
 
 from . import shapes, words
 from .codec import Codec
-from .evaluate import SAMPLING, evaluate
+from . import evaluate as evaluation
 
 
 class World:
@@ -14,7 +14,7 @@ class World:
     one clip, `text_len` N; `sampling`: mode -> how it samples by default; `evaluate(...)`.
     """
 
-    sampling = SAMPLING
+    sampling = evaluation.SAMPLING
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -31,7 +31,7 @@ class World:
 
     def evaluate(self, model, out, clips, elapsed, has_text):
         """See toy/evaluate.py."""
-        return evaluate(model, self, out, clips, self.seed, elapsed, has_text)
+        return evaluation.evaluate(model, self, out, clips, self.seed, elapsed, has_text)
 
 
 class Shapes(Dataset):

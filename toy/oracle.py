@@ -89,14 +89,16 @@ def fit_line(weight, time):
 def read_shape(alpha, centres):
     """Draw every size and shape along the path and take the closest: alpha (B, T, H, W), centres (B, T, 2) -> (B,), (B,).
 
-    Each may fade to half its contrast, so that a large pale shape is not taken for a small one.
+    They are drawn as pale as the video's is, judged by its four strongest pixels a frame: else a pale large shape would be
+    nearest to a small one. The contrast is one for all, since one fitted to each would let wrong shapes explain blur.
     """
+    strongest = rearrange(alpha, "b t h w -> b t (h w)").topk(4, 2).values                    # (B, T, 4)
+    contrast = strongest.mean((1, 2)).clamp(0.2, 1)                                           # (B,)
     errors = []
     for radius in RADIUS:
         for shape in ATTRIBUTES["shape"]:
             template = coverage(shape, radius.expand(len(alpha)), centres)                    # (B, T, H, W)
-            overlap, size = (alpha * template).sum((1, 2, 3)), template.square().sum((1, 2, 3))
-            contrast = (overlap / size).clamp(0.5, 1)
-            errors.append(contrast**2 * size - 2 * contrast * overlap)  # |alpha - contrast template|^2 less |alpha|^2
+            template = template * rearrange(contrast, "b -> b 1 1 1")
+            errors.append((alpha - template).square().sum((1, 2, 3)))
     best = torch.stack(errors, 1).argmin(1)                                                   # (B,)
     return best // len(ATTRIBUTES["shape"]), best % len(ATTRIBUTES["shape"])
