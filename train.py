@@ -11,6 +11,7 @@ The stages are one loop with other values (see STAGES): what the text's target i
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -164,6 +165,23 @@ def save(folder, model, train, state, optimizers, meter):
     part.rename(folder)
 
 
+def load(folder, config):
+    """A checkpoint folder -> its model and what train.json says, if it has one. Raises ValueError unless the model is config's."""
+    for name in ("model.safetensors", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder that train.py wrote")
+    try:
+        model = UniViGU.from_pretrained(folder, strict=True)
+        done = json.loads((folder / "train.json").read_text()) if (folder / "train.json").exists() else {}
+    except Exception as error:  # truncated or foreign files fail in many ways
+        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    for f in dataclasses.fields(Config):
+        found, wanted = getattr(model.config, f.name), getattr(config, f.name)
+        if found != wanted:
+            raise ValueError(f"checkpoint {folder} has {f.name} {found!r}, wanted {wanted!r}")
+    return model, done
+
+
 def checkpoints(out):
     """Complete checkpoints of a run, oldest first: list of (step, folder)."""
     found = [(json.loads((f / "train.json").read_text())["step"], f) for f in Path(out).glob("*/") if (f / "train.json").exists()
@@ -173,6 +191,8 @@ def checkpoints(out):
 
 def start_anew(out, overwrite):
     """Makes `out`, and refuses to mix a new run with an old one."""
+    if Path(out).exists() and not (Path(out).is_dir() and os.access(out, os.W_OK | os.X_OK)):
+        raise ValueError(f"out is {out}, wanted a folder that can be written to")
     old = checkpoints(out)
     if old and not overwrite:
         raise ValueError(f"{out} holds a run at step {old[-1][0]}: add --resume to go on, --overwrite to start anew, or choose another --out")
@@ -280,13 +300,15 @@ def report(bar, line):
 
 def parse(argv):
     """Flags -> (Train, Config, the flags' namespace). Preset, then recipe, then flags; on --resume, the checkpoint's own values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its configuration")
-    parser.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a run")
+    parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [--flag value ...]      --help lists the flags", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its configuration")
+    which.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a run")
     for title, cls in (("training", Train), ("model (defaults: the preset's)", Config)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            kind = (lambda text: tuple(map(int, text.split(",")))) if f.name == "patch_size" else f.type
+            kind = integers if f.name == "patch_size" else f.type
             default = "" if cls is Config else f" (default: {f.default})" if f.default != "" else ""
             group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=f.name.upper(),
                                help=(f.metadata["help"] + default).replace("%", "%%"))
@@ -295,7 +317,12 @@ def parse(argv):
     try:
         return *resolve(given, flags.resume), flags
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"train.py: error: {error}\n")
+
+
+def integers(text):
+    """A list of integers as a flag has it: "1,2,2" -> (1, 2, 2)."""
+    return tuple(map(int, text.split(",")))
 
 
 def resolve(given, resume):
@@ -350,6 +377,10 @@ def make_world(train, config):
                                 ("prompt_dim", config.prompt_dim, world.prompt_encoder.width)):
         if found != wanted:
             raise ValueError(f"{name} is {found}, but the data {train.data!r} has {wanted}")
+    if config.prompt_len < world.text_len:
+        raise ValueError(f"prompt_len is {config.prompt_len}, but the data {train.data!r} has prompts of {world.text_len}")
+    if any(size % patch for size, patch in zip(world.shape[1:], config.patch_size)):
+        raise ValueError(f"patch_size is {config.patch_size}, but the data {train.data!r} has latents of {world.shape[1:]}, wanted divisors")
     return world
 
 
@@ -359,15 +390,11 @@ def main(argv=None):
         world = make_world(train, config)
         device, bf16, compile = choose_device(train)
         last = checkpoints(train.out)[-1] if flags.resume else None
-        if not flags.resume:
-            start_anew(train.out, flags.overwrite)
         source = last[1] if last else Path(train.init) if train.init else None
         torch.manual_seed(train.seed)
-        model, done = (UniViGU.from_pretrained(source) if source else UniViGU(config)), {}
-        if source and (source / "train.json").exists():
-            done = json.loads((source / "train.json").read_text())
-        if model.config != config:
-            raise ValueError(f"{source} has another model: {model.config}, wanted {config}")
+        model, done = load(source, config) if source else (UniViGU(config), {})
+        if not flags.resume:
+            start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
@@ -387,9 +414,12 @@ def main(argv=None):
             if step < end:
                 if STAGES[stage] and not text_started:
                     model.start_text()
-                    text_started = True
+                text_started = bool(STAGES[stage])
                 resumed = last[1] if last and first < step else None
-                elapsed += run_stage(stage, model, world, train, first, max(first, step), resumed, elapsed, bar)
+                try:
+                    elapsed += run_stage(stage, model, world, train, first, max(first, step), resumed, elapsed, bar)
+                except (FloatingPointError, OSError) as error:
+                    sys.exit(f"train.py: error: {error}")
             first = end
     if train.eval_clips:
         torch.compiler.set_stance("force_eager")                    # batches of evaluation are few: not worth compiling for

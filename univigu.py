@@ -51,11 +51,12 @@ class Config:
     ffn_dim: int = option(512, "hidden width of the video expert FFN_v")
     num_heads: int = option(4, "attention heads; dim / num_heads must be even and at least 6")
     num_layers: int = option(4, "transformer blocks")
-    in_dim: int = option(16, "channels of the video latent that comes in")
-    out_dim: int = option(16, "channels of the video velocity that goes out")
-    patch_size: tuple[int, int, int] = option((1, 2, 2), "latent frames, rows and columns that one video token covers")
+    in_dim: int = option(24, "channels of the video latent that comes in")
+    out_dim: int = option(24, "channels of the video velocity that goes out")
+    patch_size: tuple[int, int, int] = option((1, 1, 1), "latent frames, rows and columns that one video token covers")
     freq_dim: int = option(256, "sinusoids of a clock")
     eps: float = option(1e-6, "epsilon of every norm that Wan has")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies; Wan's 10,000 is for grids of 50 tokens, a grid of 4 wants less")
     prompt_dim: int = option(64, "width of the prompt embedding c (4096 for umT5-xxl; Wan's text_dim)")
     prompt_len: int = option(16, "length c is zero-padded to (512 in Wan; Wan's text_len)")
     vocab_size: int = option(34, "V, rows of the token embedding E")
@@ -68,6 +69,8 @@ class Config:
     embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal' as eq. 7 stands (collapses)")
     text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = u / (u + s (1 - u)); 1 = the paper's")
     gate_init: float = option(0.0, "added to the random initial gates; 0 = Wan's, 1 trains faster from scratch")
+
+    qk_bias_init: float = option(0.0, "deviation of the initial q and k biases of self-attention; 0 = Wan's, 1 attends by position from the start")
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)  # JSON has lists only
@@ -84,11 +87,13 @@ class Config:
             raise ValueError(f"dim {self.dim} over num_heads {self.num_heads}: wanted an even head width of at least 6")
         if self.text_ffn_init == "copy" and self.text_ffn_dim != self.ffn_dim:
             raise ValueError(f"text_ffn_init='copy' needs text_ffn_dim = ffn_dim, found {self.text_ffn_dim} and {self.ffn_dim}")
-        if self.text_shift <= 0:
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
+        if not 0 < self.text_shift < math.inf:
             raise ValueError(f"text_shift is {self.text_shift}, wanted a positive number")
 
 
-_WAN = dict(prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
+_WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
     "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
     "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
@@ -145,9 +150,12 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def layer_norm(h, eps):
-    """LayerNorm without parameters, in fp32."""
-    return F.layer_norm(h.float(), h.shape[-1:], eps=eps)
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in fp32, whatever the dtype of its weights."""
+
+    def forward(self, h):
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(h.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 def ffn(dim, hidden):
@@ -165,10 +173,11 @@ def sinusoid(tau, dim):
 # ---------------------------------------------------------------- positions
 
 @lru_cache(maxsize=32)
-def video_rope(size, head_dim, device):
+@torch.inference_mode(False)  # the cached angles must serve training after sampling
+def video_rope(size, head_dim, theta, device):
     """3-D RoPE of a (F, H, W) token grid: cos and sin, (F*H*W, head_dim/2) each. Axes share the pairs as Wan's: 22/21/21 of 64."""
     widths = head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)
-    angles = [torch.arange(n, dtype=torch.float64)[:, None] * 10000 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
+    angles = [torch.arange(n, dtype=torch.float64)[:, None] * theta ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
               for n, w in zip(size, widths)]
     (f, h, w), (a_f, a_h, a_w) = size, angles
     angle = torch.cat([a_f[:, None, None].expand(f, h, w, -1),
@@ -178,9 +187,10 @@ def video_rope(size, head_dim, device):
 
 
 @lru_cache(maxsize=32)
-def text_rope(n, head_dim, device):
+@torch.inference_mode(False)  # the cached angles must serve training after sampling
+def text_rope(n, head_dim, theta, device):
     """1-D RoPE of n text tokens from position 0, over the whole head: cos and sin, (n, head_dim/2) each."""
-    frequency = 10000 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
@@ -223,9 +233,9 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, eps = config.dim, config.eps
-        self.eps = eps
+        self.norm1, self.norm2 = (LayerNorm(dim, eps, elementwise_affine=False) for _ in range(2))
         self.self_attn = Attention(dim, config.num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)
+        self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = Attention(dim, config.num_heads, eps)
         self.ffn = ffn(dim, config.ffn_dim)                         # the video expert, under Wan's name
         self.ffn_t = ffn(dim, config.text_ffn_dim)                  # the text expert
@@ -236,10 +246,9 @@ class Block(nn.Module):
         sizes = [h_m.shape[1] for h_m in h]
         mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
-        norm = lambda i, shift, scale: layer_norm(h[i], self.eps) * (1 + scale[i]) + shift[i]
         streams = range(len(h))
 
-        x = torch.cat([norm(i, shift, scale) for i in streams], dim=1)                       # [h_v; h_t]
+        x = torch.cat([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)  # [h_v; h_t]
         a = self.self_attn(x, x, rope).split(sizes, dim=1)                                   # eq. 14
         h = [h[i] + gate[i] * a[i] for i in streams]
 
@@ -247,7 +256,7 @@ class Block(nn.Module):
         h = [h[i] + a[i] for i in streams]
 
         experts = (self.ffn, self.ffn_t)
-        return [h[i] + gate_ffn[i] * experts[i](norm(i, shift_ffn, scale_ffn)) for i in streams]  # eq. 5, eq. 15
+        return [h[i] + gate_ffn[i] * experts[i](self.norm2(h[i]) * (1 + scale_ffn[i]) + shift_ffn[i]) for i in streams]  # eq. 5, eq. 15
 
 
 class Head(nn.Module):
@@ -255,15 +264,14 @@ class Head(nn.Module):
 
     def __init__(self, dim, out_dim, eps, affine=False):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=affine, bias=False)
+        self.norm = LayerNorm(dim, eps, elementwise_affine=affine, bias=False)
         self.head = Linear32(dim, out_dim)
         self.modulation = nn.Parameter(torch.empty(1, 2, dim))
 
     def forward(self, h, e):
         """h (B, n, dim), e (B, dim) -> (B, n, out_dim)."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
-        with torch.autocast(h.device.type, enabled=False):
-            return self.head(F.layer_norm(h.float(), h.shape[-1:], self.norm.weight, None, self.norm.eps) * (1 + scale) + shift)
+        return self.head(self.norm(h) * (1 + scale) + shift)
 
 
 # ---------------------------------------------------------------- the model
@@ -304,14 +312,17 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.patch_embedding.bias)
-        for small in (self.text_embedding, self.time_embedding, self.time_embedding_t):
-            for layer in (small[0], small[2]):
-                nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
             nn.init.normal_(block.modulation, std=dim**-0.5)
             block.modulation[:, [2, 5]] += self.config.gate_init
+            for projection in (block.self_attn.q, block.self_attn.k):
+                nn.init.normal_(projection.bias, std=self.config.qk_bias_init)
         for head in (self.head, self.head_t):
             nn.init.normal_(head.modulation, std=dim**-0.5)
             nn.init.zeros_(head.head.weight)                        # the first velocity is zero: no direction is better than a random one
@@ -348,8 +359,8 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         cfg, b = self.config, len(z_v)
         if z_v.ndim != 5 or z_v.shape[1] != cfg.in_dim or any(s % p or not s for s, p in zip(z_v.shape[2:], cfg.patch_size)):
             raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
-        if c.ndim != 3 or len(c) != b or c.shape[1] > cfg.prompt_len or c.shape[2] != cfg.prompt_dim:
-            raise ValueError(f"c has shape {tuple(c.shape)}, wanted ({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
+        if c is None or c.ndim != 3 or len(c) != b or c.shape[1] > cfg.prompt_len or c.shape[2] != cfg.prompt_dim:
+            raise ValueError(f"c has shape {None if c is None else tuple(c.shape)}, wanted ({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
         if z_t is not None and (z_t.ndim != 3 or len(z_t) != b or z_t.shape[2] != cfg.text_dim):
             raise ValueError(f"z_t has shape {tuple(z_t.shape)}, wanted ({b}, N, {cfg.text_dim})")
         for name, tau in (("tau_v", tau_v), ("tau_t", tau_t if z_t is not None else tau_v)):
@@ -371,12 +382,12 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         h = [rearrange(h_v, "b c f h w -> b (f h w) c").float()]                             # (B, n_v, dim)
         e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
         e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
-        rope = [(*video_rope(grid, head_dim, device), "adjacent")]
+        rope = [(*video_rope(grid, head_dim, cfg.rope_theta, device), "adjacent")]
         if z_t is not None:
             h.append(self.text_in(z_t).float())                                              # (B, N, dim)
             e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
             e6.append(self.time_projection_t(e[1]).unflatten(1, (6, -1)))
-            rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
+            rope.append((*text_rope(z_t.shape[1], head_dim, cfg.rope_theta, device), "halves"))
         c = self.text_embedding(F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1])))            # (B, L, dim); padding is seen, as in Wan
 
         for block in self.blocks:
@@ -438,6 +449,10 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     """
     b, device = len(z_v1), z_v1.device
     shift = getattr(model, "config", Config()).text_shift
+    if y is None:
+        clocks = "independent"                                      # without text there is one clock, and all of it is learned
+    elif y.shape[:1] != (b,) or y.ndim != 2:
+        raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
     tau_v, tau_t, on_v, on_t, keep = (s.to(device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
     noise = lambda z: torch.randn(z.shape, generator=generator).to(z)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
@@ -504,7 +519,7 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     """
     cfg, b = model.config, len(z_v)
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
-    one, zero = z_v.new_ones(b), z_v.new_zeros(b)
+    one, zero = torch.ones(b, device=z_v.device), torch.zeros(b, device=z_v.device)
     z_t = _noise((b, length or cfg.text_len, cfg.text_dim), z_v, generator)
     null = dict(z_v=_noise(z_v.shape, z_v, generator), tau_v=zero) if guidance != 1 else {}
     grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
@@ -525,7 +540,7 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W).
     """
     b = len(c)
-    one, zero = c.new_ones(b), c.new_zeros(b)
+    one, zero = torch.ones(b, device=c.device), torch.zeros(b, device=c.device)
     z_v = _noise((b, *shape), c, generator)
     z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
     null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
@@ -548,7 +563,7 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
     ones are the paper's. guidance contrasts with no prompt. callback as above. Returns z_v (B, C, F, H, W), y_hat (B, N).
     """
     cfg, b = model.config, len(c)
-    zero = c.new_zeros(b)
+    zero = torch.zeros(b, device=c.device)
     z_v = _noise((b, *shape), c, generator)
     z_t = _noise((b, length or cfg.text_len, cfg.text_dim), c, generator)
     null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))

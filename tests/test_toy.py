@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from toy import World, shapes, words
-from toy.codec import FIRST, GROUP, MEAN, SCALE, STRIDE_T, Codec, basis
+from toy.codec import DEVIATION, FIRST, GROUP, SCALE, STRIDE, STRIDE_T, Codec, basis
 from toy.oracle import read
 
 CLIPS = 2000
@@ -186,15 +186,15 @@ def test_prompt_encoder(world):
 def test_basis_is_orthonormal():
     for channels, frames in ((FIRST, 1), (GROUP, STRIDE_T)):
         vectors = basis(channels, frames).flatten(1)
-        assert torch.allclose(vectors @ vectors.T, torch.eye(16), atol=1e-6)
+        assert torch.allclose(vectors @ vectors.T, torch.eye(Codec.channels), atol=1e-6)
 
 
 def test_the_vectors_kept_are_the_largest(rendered):
     """No vector left out has more variance in the training clips than one that is kept (ties within 10%)."""
     _, frames = rendered["train"]
     for kept, t, part in ((FIRST, 1, frames[:, :, :1]), (GROUP, STRIDE_T, frames[:, :, 1:])):
-        every = [c + "t" * i + "y" * j + "x" * k for c in "Lab" for i in range(t) for j in range(3) for k in range(3)]
-        cells = part.unfold(2, t, t).unfold(3, 3, 3).unfold(4, 3, 3)  # (B, 3, F, H, W, t, y, x)
+        every = [c + "t" * i + "y" * j + "x" * k for c in "Lab" for i in range(t) for j in range(STRIDE) for k in range(STRIDE)]
+        cells = part.unfold(2, t, t).unfold(3, STRIDE, STRIDE).unfold(4, STRIDE, STRIDE)  # (B, 3, F, H, W, t, y, x)
         variance = torch.einsum("brfhwtyx,crtyx->bcfhw", cells, basis(every, t)).square().mean((0, 2, 3, 4))
         variance = dict(zip(every, variance.tolist()))
         assert min(variance[name] for name in kept) >= 0.9 * max(v for name, v in variance.items() if name not in kept)
@@ -208,9 +208,9 @@ def test_codec_is_linear():
 
 def test_encode_inverts_decode():
     """Latents of moderate size decode unclamped, and encoding brings them back exactly."""
-    z_v = 0.02 * torch.randn(2, 16, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    z_v = 0.01 * torch.randn(2, Codec.channels, 4, 5, 7, generator=torch.Generator().manual_seed(0))
     frames = Codec().decode(z_v)
-    assert frames.shape == (2, 3, 13, 15, 21) and frames.abs().max() < 1
+    assert frames.shape == (2, 3, 13, 5 * STRIDE, 7 * STRIDE) and frames.abs().max() < 1
     assert torch.allclose(Codec().encode(frames), z_v, atol=1e-5)
 
 
@@ -229,21 +229,23 @@ def test_codec_is_causal(rendered):
 
 
 def test_normalisation_constants(rendered):
+    """Means are zero, the overall RMS is 1, and no channel's deviation is off its constant by more than a tenth."""
     _, frames = rendered["train"]
-    raw = Codec().encode(frames) * SCALE + MEAN
-    assert abs(raw.square().mean().sqrt() / SCALE - 1) < 0.02
-    assert (raw.mean((0, 2, 3, 4)) / SCALE - MEAN).abs().max() < 0.1
+    z_v = Codec().encode(frames)
+    assert abs(z_v.square().mean().sqrt() - 1) < 0.05
+    assert z_v.mean((0, 2, 3, 4)).abs().max() < 0.1
+    assert (z_v.square().mean((0, 2, 3, 4)).sqrt() * SCALE / DEVIATION - 1).abs().max() < 0.1
 
 
 def test_codec_refuses_what_does_not_fit():
     codec = Codec()
     with pytest.raises(ValueError, match=r"video has 8 frames, wanted 4n \+ 1"):
         codec.encode(torch.zeros(1, 3, 8, 24, 24))
-    with pytest.raises(ValueError, match="video has 24 x 25 pixels, wanted multiples of 3"):
+    with pytest.raises(ValueError, match=f"video has 24 x 25 pixels, wanted multiples of {STRIDE}"):
         codec.encode(torch.zeros(1, 3, 9, 24, 25))
     with pytest.raises(ValueError, match=r"frames have shape \(3, 9, 24, 24\), wanted"):
         codec.encode(torch.zeros(3, 9, 24, 24))
-    with pytest.raises(ValueError, match=r"z_v has shape \(1, 8, 3, 8, 8\), wanted \(B, 16, F, H, W\)"):
+    with pytest.raises(ValueError, match=rf"z_v has shape \(1, 8, 3, 8, 8\), wanted \(B, {Codec.channels}, F, H, W\)"):
         codec.decode(torch.zeros(1, 8, 3, 8, 8))
 
 
@@ -257,8 +259,8 @@ def test_oracle_reads_clips_back(rendered, split):
     codec = Codec()
     z_v = codec.encode(frames)
     coded = codec.decode(z_v)
-    assert (coded - frames).square().mean().sqrt() < 0.08
-    noisy = z_v[:500] + 0.2 * torch.randn(500, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert (coded - frames).square().mean().sqrt() < 0.12
+    noisy = z_v[:500] + 0.2 * torch.randn(z_v[:500].shape, generator=torch.Generator().manual_seed(0))
     for name, video, wanted in (("clean", frames, 0.99), ("coded", coded, 0.98), ("noisy", codec.decode(noisy), 0.98)):
         accuracy = (read(video) == clips.attributes[: len(video)]).float().mean(0)
         print(split, name, " ".join(f"{a} {v:.4f}" for a, v in zip(shapes.ATTRIBUTES, accuracy)))
@@ -294,7 +296,7 @@ def test_oracle_always_answers():
 def test_dataset_batches(world):
     dataset = world.dataset("train")
     batch = dataset.__getitems__([4, 7])
-    assert batch["z_v"].shape == (2, *world.shape) == (2, 16, 3, 8, 8) and batch["z_v"].dtype == torch.float32
+    assert batch["z_v"].shape == (2, *world.shape) and batch["z_v"].dtype == torch.float32
     clips = dataset.clips([4, 7])
     assert torch.allclose(batch["z_v"], world.codec.encode(shapes.render(clips)))
     assert world.tokenizer.decode(batch["prompt"]) == words.brief(clips.attributes)

@@ -24,10 +24,10 @@ ATTRIBUTES = {
     "background": ("black", "grey", "white"),
 }  # fmt: skip
 
-RADIUS = torch.tensor([3.0, 4.5])
+RADIUS = torch.tensor([3.6, 5.0])
 COLOUR = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]]).float()
 START = torch.tensor([6.0, 12.0, 18.0])  # centre of each column (x) and row (y) of the 3x3 start regions
-JITTER = 1.0  # a start lies within this distance of its region's centre, in x and in y
+JITTER = 0.8  # a start lies within this distance of its region's centre, in x and in y
 SPEED = torch.tensor([0.375, 0.75])
 DIRECTION = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]]).float()
 BACKGROUND = torch.tensor([-1.0, 0.0, 1.0])

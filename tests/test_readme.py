@@ -1,0 +1,51 @@
+"""README's generated tables match the code. `python tests/test_readme.py` writes them anew."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+ABOUT = {"univigu.py": "the method: model, loss, samplers", "train.py": "the training loop, every stage", "sample.py": "the three modes on files and prompts",
+         "toy/shapes.py": "the clips: attributes, renderer, split", "toy/words.py": "prompts, captions, tokenizer, prompt encoder",
+         "toy/codec.py": "frames <-> latents", "toy/oracle.py": "reads attributes back from pixels", "toy/evaluate.py": "numbers, table, pictures",
+         "toy/__init__.py": "the world as the loop sees it"}
+
+
+def files():
+    lines = {name: (ROOT / name).read_text().count("\n") for name in ABOUT}
+    return "\n".join(["| file | lines | what |", "|---|---|---|"] + [f"| `{name}` | {n} | {ABOUT[name]} |" for name, n in lines.items()])
+
+
+def equations():
+    """Equation -> where univigu.py names it beside code, with the function it stands in."""
+    found, scope = {}, ""
+    for number, line in enumerate((ROOT / "univigu.py").read_text().splitlines(), 1):
+        if match := re.match(r"\s*(?:def|class) (\w+)", line):
+            scope = match[1] if match[1] not in ("forward", "__init__") or line.startswith(("def", "class")) else scope
+        code, _, comment = line.partition("#")
+        for k in re.findall(r"\beq\. (\d+)", comment) if code.strip() else ():
+            found.setdefault(int(k), []).append(f"{number} (`{scope}`)")
+    return "\n".join(["| eq. | line of univigu.py |", "|---|---|"] + [f"| {k} | {', '.join(found[k])} |" for k in sorted(found)])
+
+
+def written(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README.read_text(), re.S)[1].strip()
+
+
+def test_the_map_of_files_is_right():
+    assert written("files") == files()
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not tracked or {name for name in tracked if not name.startswith("tests/")} == set(ABOUT)
+
+
+def test_the_map_of_equations_is_right():
+    assert written("equations") == equations()
+    assert {int(k) for k in re.findall(r"^\| (\d+) \|", equations(), re.M)} == set(range(1, 19))
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    for name, table in (("files", files()), ("equations", equations())):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
+    README.write_text(text)

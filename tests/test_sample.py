@@ -1,0 +1,468 @@
+"""sample.py: video files survive the round trip, the three modes do as told, and what cannot work is refused in one line."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import toy
+import train
+from sample import read_video, write_video
+from toy import World, oracle, shapes
+from univigu import UniViGU
+
+FORMATS = (".gif", ".mp4", ".npy", "")
+PROMPT = "a red circle moving right"
+TINY = ("--dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 32 --text-dim 8 --freq-dim 16 --text-output velocity --batch 4 "
+        "--generator-steps 2 --recall-steps 2 --refine-steps 2 --eval-clips 0 --compile no --device cpu --precision fp32").split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_codec():
+    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
+    codec = toy.Codec()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "Codec", lambda: codec)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A run of a few steps: its folder has the checkpoints generator, recall and refine."""
+    out = tmp_path_factory.mktemp("run")
+    train.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Drawn clips (B, 3, T, H, W) and their attributes."""
+    drawn = shapes.sample(range(16), "seen", seed=4)
+    return shapes.render(drawn), drawn.attributes
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The working folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def use(checkpoints, capsys):
+    """Calls sample.py with words and a checkpoint; returns what it printed to stdout."""
+    def call(mode, *words, checkpoint="refine"):
+        capsys.readouterr()
+        sample.main([mode, "--checkpoint", str(checkpoints / checkpoint), *map(str, words)])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refusal(checkpoints, capsys):
+    """Calls sample.py with what must fail: checks exit status and form, returns the line."""
+    def call(mode, *words, checkpoint="refine", lines=1):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            sample.main([mode, "--checkpoint", str(checkpoints / checkpoint), *map(str, words)])
+        captured = capsys.readouterr()
+        text = stop.value.code if isinstance(stop.value.code, str) else captured.err.strip()
+        assert stop.value.code not in (0, None) and captured.out == ""
+        assert len(text.splitlines()) == lines and "error: " in text.splitlines()[-1], text
+        return text
+
+    return call
+
+
+def to_bytes(frames):
+    return (frames + 1).mul(127.5).round()
+
+
+def files(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------- video files
+
+@pytest.mark.parametrize("suffix", [".npy", ""])
+def test_lossless_formats_give_every_pixel_back(suffix, clips, work):
+    noise = torch.rand(1, 3, 5, 7, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for frames in (clips[0][:1], noise):
+        write_video("clip" + suffix, frames)
+        assert torch.equal(to_bytes(read_video("clip" + suffix)), to_bytes(frames))
+
+
+def test_a_gif_keeps_colours_to_what_a_palette_can_hold(clips, work):
+    for i, frames in enumerate(clips[0]):
+        write_video("clip.gif", frames[None])
+        gap = (to_bytes(read_video("clip.gif")[0]) - to_bytes(frames)).abs().max()
+        assert gap == 0, i                                          # a drawn frame has under 256 colours
+
+
+@pytest.mark.parametrize("through_codec", [False, True], ids=["drawn", "decoded"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_oracle_reads_all_attributes_from_a_file(suffix, through_codec, clips, work):
+    codec, (frames, attributes) = World().codec, clips
+    frames = codec.decode(codec.encode(frames)) if through_codec else frames
+    assert torch.equal(oracle.read(frames), attributes)
+    for clip, wanted in zip(frames, attributes):
+        write_video("clip" + suffix, clip[None])
+        again = read_video("clip" + suffix)
+        assert again.shape == (1, *clip.shape) and again.abs().max() <= 1
+        assert torch.equal(oracle.read(again)[0], wanted)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_frames_that_repeat_are_kept(suffix, clips, work):
+    first, last = clips[0][:1, :, :1], clips[0][:1, :, -1:]
+    for parts in ([first] * 9, [first, first, last, last, last, first], [first]):
+        frames = torch.cat(parts, 2)
+        write_video("still" + suffix, frames)
+        again = read_video("still" + suffix)
+        assert again.shape == frames.shape and (again - frames).abs().mean() < 0.03
+
+
+def test_a_written_video_replaces_the_one_before(clips, work):
+    for suffix in FORMATS:
+        write_video("clip" + suffix, clips[0][:1])
+        write_video("clip" + suffix, clips[0][1:2, :, :4])
+        assert read_video("clip" + suffix).shape[2] == 4
+    assert len(list(Path("clip").iterdir())) == 4
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_video_is_complete_or_not_there(suffix, clips, work, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("disk full")
+
+    for target in ("sample.write_gif", "sample.write_mp4", "numpy.save", "PIL.Image.Image.save"):
+        monkeypatch.setattr(target, full)
+    with pytest.raises(OSError):
+        write_video("clip" + suffix, clips[0][:1])
+    assert files(work) == []
+
+
+def test_png_frames_are_read_in_the_order_of_their_numbers(work):
+    Path("frames").mkdir()
+    for i in range(12):
+        Image.new("RGB", (6, 6), (i, i, i)).save(f"frames/frame{i}.png")
+    assert to_bytes(read_video("frames"))[0, 0, :, 0, 0].tolist() == list(range(12))
+
+
+def test_an_mp4_with_even_large_frames_is_read_back(work):
+    rows = torch.linspace(-1, 1, 130)[:, None].expand(130, 140)
+    frames = rows.expand(1, 3, 3, 130, 140)
+    write_video("large.mp4", frames)
+    assert (read_video("large.mp4") - frames).abs().mean() < 0.02
+
+
+# ---------------------------------------------------------------- the three modes
+
+@pytest.mark.parametrize("mode, flags", [("understand", ["--video", "clip.npy", "--out", "out.txt"]), ("generate", ["--prompt", PROMPT, "--out", "out.npy"]),
+                                         ("joint", ["--prompt", PROMPT, "--out", "out.npy"])])
+def test_same_seed_same_output_other_seed_another(mode, flags, use, clips, work):
+    write_video("clip.npy", clips[0][:1])
+    results = []
+    for seed in (1, 1, 2):
+        printed = use(mode, *flags, "--seed", seed, "--steps", 3)
+        results.append((printed, Path(flags[-1]).read_bytes()))
+    assert results[0] == results[1] and results[0][1] != results[2][1]
+    printed, written = results[0]
+    if mode == "generate":
+        assert printed == ""
+    else:                                                           # a caption, and nothing else
+        assert printed.endswith("\n") and printed.count("\n") == 1 and set(printed.split()) <= {*World().tokenizer.words}
+    assert mode != "understand" or written == printed.encode()
+    assert mode == "understand" or read_video("out.npy").shape == (1, *World().frame_shape)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_understand_sees_what_generate_wrote(suffix, use, clips, work, monkeypatch):
+    codec, seen, real = World().codec, [], sample.understand
+    truth = codec.encode(clips[0][:1])
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: truth)
+    monkeypatch.setattr(sample, "understand", lambda model, z_v, **kwargs: seen.append(z_v) or real(model, z_v, **kwargs))
+    use("generate", "--prompt", PROMPT, "--out", "new/folder/clip" + suffix)
+    use("understand", "--video", "new/folder/clip" + suffix)
+    assert torch.equal(oracle.read(codec.decode(seen[0])), clips[1][:1])
+    assert (seen[0] - codec.encode(codec.decode(truth))).square().mean() < 0.003
+
+
+def test_captions_are_printed_from_what_the_model_says(use, clips, work, monkeypatch):
+    write_video("clip.gif", clips[0][:1])
+    text = "a small red circle starts top left and moves slowly right on a black background"
+    y = World().tokenizer.encode([text])
+    monkeypatch.setattr(sample, "understand", lambda *args, **kwargs: y)
+    monkeypatch.setattr(sample, "joint", lambda model, c, shape, **kwargs: (torch.zeros(1, *shape), y))
+    assert use("understand", "--video", "clip.gif") == use("joint", "--prompt", PROMPT) == text + "\n"
+    assert files(work) == ["clip.gif", "joint.gif"]
+
+
+@pytest.mark.parametrize("mode", ["understand", "generate", "joint"])
+@pytest.mark.parametrize("steps, guidance, passes", [(2, 1, [1, 1]), (3, 2.5, [2, 2, 2]), (1, 0, [2])])
+def test_steps_and_guidance_are_honoured(mode, steps, guidance, passes, use, clips, work, monkeypatch):
+    write_video("clip.npy", clips[0][:1])
+    batches, forward = [], UniViGU.forward
+    monkeypatch.setattr(UniViGU, "forward", lambda self, z_v, *rest: batches.append(len(z_v)) or forward(self, z_v, *rest))
+    use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]), "--steps", steps, "--guidance", guidance)
+    assert batches == passes
+
+
+@pytest.mark.parametrize("mode", ["understand", "generate", "joint"])
+def test_defaults_are_those_of_the_world(mode, use, clips, work, monkeypatch):
+    write_video("clip.npy", clips[0][:1])
+    calls, real = [], getattr(sample, mode)
+    monkeypatch.setattr(sample, mode, lambda *args, **kwargs: calls.append(kwargs) or real(*args, **kwargs))
+    use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]))
+    assert {name: value for name, value in calls[0].items() if name != "generator"} == World.sampling[mode]
+    assert calls[0]["generator"].initial_seed() == 0
+
+
+@pytest.mark.parametrize("checkpoint, flags, text", [
+    ("refine", ["--prompt", PROMPT], PROMPT),
+    ("refine", ["--prompt", PROMPT, "--caption", "a large red circle"], "a large red circle"),
+    ("refine", ["--prompt", "", "--caption", "a large red circle"], "a large red circle"),
+    ("generator", ["--prompt", PROMPT], None),
+    ("generator", ["--prompt", ""], None),
+])
+def test_generate_reads_the_prompt_and_the_caption(checkpoint, flags, text, use, work, monkeypatch):
+    calls, world, real = [], World(), sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, y, c, *args, **kwargs: calls.append((y, c)) or real(model, y, c, *args, **kwargs))
+    use("generate", *flags, "--steps", 1, checkpoint=checkpoint)
+    (y, c), = calls
+    assert torch.equal(c, world.prompt_encoder([flags[1]]))
+    assert y is None if text is None else torch.equal(y, world.tokenizer.encode([text]))
+
+
+def test_joint_takes_the_empty_prompt_for_none(use, work):
+    use("joint", "--prompt", "", "--steps", 1)
+    assert files(work) == ["joint.gif"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("checkpoint, words", [("nowhere", "nowhere model.safetensors"), ("metrics.jsonl", "metrics.jsonl model.safetensors")])
+def test_a_missing_checkpoint_is_refused(checkpoint, words, refusal, work):
+    text = refusal("generate", "--prompt", PROMPT, checkpoint=checkpoint)
+    assert all(word in text for word in words.split()) and files(work) == []
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300])
+
+
+def change(name, **values):
+    def act(folder):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    return act
+
+
+def drop_a_tensor(folder):
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["head_t.head.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def another_world(folder):
+    UniViGU(train.parse([*TINY, "--in-dim", "16", "--out-dim", "16"])[1]).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage, word", [
+    (remove("model.safetensors"), "model.safetensors"), (remove("config.json"), "config.json"), (remove("train.json"), "train.json"),
+    (cut("model.safetensors"), "cannot be read"), (cut("config.json"), "cannot be read"), (cut("train.json"), "cannot be read"),
+    (change("config.json", dim=48), "size mismatch"), (change("config.json", num_layers=2), "Missing key"), (change("config.json", num_heads=5), "num_heads 5"),
+    (change("train.json", train={}), "cannot be read"), (change("train.json", train={"data": "films"}), "'films'"),
+    (drop_a_tensor, "head_t.head.bias"), (another_world, "in_dim"),
+], ids=["no weights", "no config", "no train.json", "cut weights", "cut config", "cut train.json", "wider config", "deeper config", "impossible config",
+        "foreign train.json", "other data", "a tensor less", "weights of another world"])
+def test_a_damaged_checkpoint_is_refused(damage, word, checkpoints, refusal, work):
+    folder = shutil.copytree(checkpoints / "refine", work / "copy")
+    damage(folder)
+    before = files(work)
+    text = refusal("generate", "--prompt", PROMPT, checkpoint=folder)
+    assert str(folder) in text and word in text and files(work) == before
+
+
+@pytest.mark.parametrize("mode, flags", [("understand", ["--video", "clip.npy"]), ("joint", ["--prompt", PROMPT]),
+                                         ("generate", ["--prompt", PROMPT, "--caption", PROMPT])])
+def test_a_generator_is_not_asked_for_text(mode, flags, refusal, clips, work):
+    write_video("clip.npy", clips[0][:1])
+    text = refusal(mode, *flags, checkpoint="generator")
+    assert "stage generator" in text and "recall or refine" in text and files(work) == ["clip.npy"]
+
+
+def cut_video(suffix):
+    def make(frames):
+        write_video("clip" + suffix, frames)
+        data = Path("clip" + suffix).read_bytes()
+        Path("clip" + suffix).write_bytes(data[:len(data) // 2])
+        return "clip" + suffix
+    return make
+
+
+def array(shape, dtype="uint8"):
+    def make(_):
+        np.save("clip.npy", np.zeros(shape, dtype))
+        return "clip.npy"
+    return make
+
+
+def other_kind(name, write):
+    def make(frames):
+        write(name)
+        return name
+    return make
+
+
+def changed(name, change):
+    def make(frames):
+        write_video(name, change(frames))
+        return name
+    return make
+
+
+def mixed_sizes(frames):
+    write_video("clip", frames)
+    Image.new("RGB", (25, 24)).save("clip/0003.png")
+    return "clip"
+
+
+def renamed(a, b):
+    def make(frames):
+        write_video(a, frames)
+        Path(a).rename(b)
+        return b
+    return make
+
+
+BAD_VIDEOS = {
+    "missing": (lambda _: "none.gif", "none.gif does not exist"),
+    "no ending": (other_kind("clip", lambda name: Path(name).write_text("hello")), "'' .gif .mp4 .npy PNG"),
+    "unknown ending": (other_kind("clip.avi", lambda name: Path(name).write_text("hello")), "'.avi' .gif"),
+    "empty folder": (other_kind("clip", lambda name: Path(name).mkdir()), "0 9"),
+    "empty gif": (other_kind("clip.gif", lambda name: Path(name).touch()), "cannot be read"),
+    "empty mp4": (other_kind("clip.mp4", lambda name: Path(name).touch()), "cannot be read"),
+    "empty npy": (other_kind("clip.npy", lambda name: Path(name).touch()), "cannot be read"),
+    "cut gif": (cut_video(".gif"), "clip.gif"),
+    "cut mp4": (cut_video(".mp4"), "cannot be read"),
+    "cut npy": (cut_video(".npy"), "cannot be read"),
+    "text as gif": (other_kind("clip.gif", lambda name: Path(name).write_text("hello" * 100)), "cannot be read"),
+    "text as mp4": (other_kind("clip.mp4", lambda name: Path(name).write_text("hello" * 100)), "cannot be read"),
+    "npy as gif": (renamed("clip.npy", "clip.gif"), "cannot be read"),
+    "png as gif": (other_kind("clip.gif", lambda name: Image.new("RGB", (24, 24)).save(name, format="png")), "cannot be read"),
+    "npz as npy": (other_kind("clip.npy", lambda name: np.savez(open(name, "wb"), a=np.zeros(3))), "NpzFile uint8"),
+    "float npy": (array((9, 24, 24, 3), "float32"), "float32 (9,24,24,3) uint8"),
+    "channels first npy": (array((3, 9, 24, 24)), "(3,9,24,24) frames,rows,columns,3"),
+    "one frame npy": (array((24, 24, 3)), "(24,24,3) frames"),
+    "npy of no frame": (array((0, 24, 24, 3)), "0 9"),
+    "few frames gif": (changed("clip.gif", lambda frames: frames[:, :, :5]), "5 9"),
+    "few frames mp4": (changed("clip.mp4", lambda frames: frames[:, :, :8]), "8 9"),
+    "many frames npy": (changed("clip.npy", lambda frames: frames.repeat(1, 1, 2, 1, 1)), "more than 9"),
+    "larger gif": (changed("clip.gif", lambda frames: frames.repeat(1, 1, 1, 2, 2)), "48x48 24x24"),
+    "smaller folder": (changed("clip", lambda frames: frames[..., :18]), "24x18 24x24"),
+    "frames of two sizes": (mixed_sizes, "24x25 24x24"),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD_VIDEOS.values(), ids=BAD_VIDEOS)
+def test_a_bad_video_is_refused(make, words, refusal, clips, work):
+    name = make(clips[0][:1])
+    before = files(work)
+    text = refusal("understand", "--video", name, "--out", "caption.txt")
+    assert name in text and all(word in text.replace(", ", ",") for word in words.split()), text
+    assert files(work) == before
+
+
+class Trap:
+    """Creates a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.mkdir, (Path("sprung"),)
+
+
+@pytest.mark.parametrize("write", [lambda f: np.save(f, np.array([Trap()]), allow_pickle=True), lambda f: pickle.dump(Trap(), f)],
+                         ids=["object array", "plain pickle"])
+def test_pickled_code_in_a_video_does_not_run(write, refusal, work):
+    with open("clip.npy", "wb") as file:
+        write(file)
+    assert "pickle" in refusal("understand", "--video", "clip.npy") or "Object arrays" in refusal("understand", "--video", "clip.npy")
+    assert files(work) == ["clip.npy"]
+
+
+@pytest.mark.parametrize("mode", ["generate", "joint"])
+@pytest.mark.parametrize("prompt, words", [("a purple circle", ["'purple'", "wanted", "red"]), (" ".join(["red"] * 16), ["16 words", "15"])])
+def test_a_prompt_outside_the_language_is_refused(mode, prompt, words, refusal, work):
+    text = refusal(mode, "--prompt", prompt, "--out", "new/clip.gif")
+    assert all(word in text for word in words) and files(work) == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prompt", ""], ["--prompt", "empty", "--caption"]), (["--prompt", "  "], ["--prompt", "empty"]),
+    (["--prompt", PROMPT, "--caption", "a mauve circle"], ["'mauve'"]),
+])
+def test_generate_needs_words(flags, words, refusal, work):
+    text = refusal("generate", *flags)
+    assert all(word in text for word in words) and files(work) == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", 0], "--steps 0 1"), (["--steps", -3], "--steps -3 1"), (["--steps", 10**9], "--steps 1000000000"), (["--guidance", "nan"], "--guidance nan"),
+    (["--guidance", "inf"], "--guidance inf"), (["--seed", -1], "--seed -1 0"), (["--out", "clip.avi"], "--out 'clip.avi' .gif"),
+    (["--out", ""], "--out .gif"), (["--out", "clip.txt"], "--out 'clip.txt' .mp4"),
+])
+@pytest.mark.parametrize("mode", ["generate", "joint"])
+def test_a_bad_value_is_refused(mode, flags, words, refusal, work):
+    text = refusal(mode, "--prompt", PROMPT, *flags)
+    assert all(word in text for word in words.split()) and files(work) == [], text
+
+
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--step", "3"], ["--steps", "many"], ["stray"]])
+def test_unknown_flags_are_refused(flags, refusal, work):
+    text = refusal("generate", "--prompt", PROMPT, *flags, lines=2)
+    assert flags[0] in text and files(work) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["draw"], ["understand"], ["generate"], ["joint", "--video", "clip.gif"]])
+def test_a_command_line_without_its_parts_is_refused(argv, work, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(argv)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err and files(work) == []
+
+
+def test_an_out_that_cannot_be_written_is_refused(refusal, clips, work, monkeypatch):
+    for folder in ("mine", "clip.gif", "locked"):
+        Path(folder).mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    Path("file").write_text("keep")
+    write_video("clip.npy", clips[0][:1])
+    before = files(work)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
+    for out, word in (("mine", "not a folder of PNG"), ("file", "not a folder of PNG"), ("clip.gif", "a folder"), ("file/clip.gif", "no folder"),
+                      ("locked/clip.gif", "permission"), ("locked/new/clip.gif", "permission")):
+        for mode in ("generate", "joint"):
+            text = refusal(mode, "--prompt", PROMPT, "--out", out)
+            assert out in text and word in text, text
+    for out, word in (("mine", "a folder"), ("file/caption.txt", "no folder"), ("locked/caption.txt", "permission")):
+        assert word in refusal("understand", "--video", "clip.npy", "--out", out)
+    assert files(work) == before
+
+
+def test_help_says_what_an_empty_prompt_means(capsys):
+    for mode, words in (("generate", "empty: --caption alone says it"), ("joint", "empty: anything")):
+        with pytest.raises(SystemExit):
+            sample.main([mode, "--help"])
+        assert words in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,621 @@
+"""train.py: a run can be stopped anywhere and goes on bit for bit; stages, optimizers, figures and refusals are as documented."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import toy
+import train
+from toy import World
+from train import RECIPES, STAGES, Meter, Muon, Train, make_optimizers, orthogonalise, schedule
+from univigu import PRESETS, Config, UniViGU
+
+ROOT = Path(train.__file__).parent
+MODEL = "--dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 32 --text-dim 8 --freq-dim 16".split()
+TINY = [*MODEL, *("--batch 4 --generator-steps 5 --recall-steps 4 --refine-steps 5 --warmup 2 --log-every 3 --save-every 4 --keep 1 "
+                  "--eval-clips 0 --compile no --device cpu --precision fp32").split()]
+STEPS = 5 + 4 + 5
+TIMINGS = {"samples_per_s", "data_wait", "eta_s", "wall_s"}
+
+
+def optimizer_flags(kind):
+    return [word for stage in STAGES for word in (f"--{stage}-optimizer", kind)]
+
+
+def run(out, *flags):
+    train.main([*TINY, "--out", str(out), *flags])
+
+
+def figures(out):
+    """The lines of metrics.jsonl without what the clock on the wall decides."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def contents(folder):
+    """Every file below a folder: path -> bytes; {} where there is no folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def assert_same_run(out, reference):
+    assert figures(out) == figures(reference)
+    for stage in STAGES:
+        assert weights(out / stage) == weights(reference / stage), stage
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in train.py catches it."""
+
+
+def at_step(monkeypatch, step, act):
+    """Puts act(loss) in the place of the loss of global step `step` of a run of seed 0; act may raise."""
+    real = train.uni_flow_loss
+
+    def loss_at(*args, generator, **kwargs):
+        loss, parts = real(*args, generator=generator, **kwargs)
+        return (act(loss) if generator.initial_seed() == step else loss), parts
+
+    monkeypatch.setattr(train, "uni_flow_loss", loss_at)
+
+
+def killed_at(step, out, *flags):
+    """A run of seed 0 that is stopped in the middle of global step `step`."""
+    def die(_):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, step, die)
+        run(out, *flags)
+
+
+def refusal(argv, capsys, lines=1):
+    """The error of a command line that must fail: checks exit status and form, returns the text."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(word) for word in argv])
+    assert stop.value.code not in (0, None)
+    text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip()
+    assert len(text.splitlines()) == lines and text.splitlines()[-1].startswith("train.py: error: "), text
+    return text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_codec():
+    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
+    codec = toy.Codec()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "Codec", lambda: codec)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run for each optimizer."""
+    outs = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("muon", "adam")}
+    for kind, out in outs.items():
+        run(out, *optimizer_flags(kind))
+    return outs
+
+
+# ---------------------------------------------------------------- resume
+
+@pytest.mark.parametrize("kind, step, starts", [
+    pytest.param("muon", 4, [1], id="generator, mid log window"), pytest.param("muon", 5, [0], id="generator's end"),
+    pytest.param("muon", 7, [0], id="recall, before its checkpoint"), pytest.param("muon", 8, [], id="recall, mid log window"),
+    pytest.param("muon", 9, [], id="recall's end"), pytest.param("muon", 13, [], id="refine"),
+    pytest.param("adam", 4, [1], id="generator, adam"), pytest.param("adam", 8, [], id="recall, adam"), pytest.param("adam", 13, [], id="refine, adam"),
+])
+def test_a_stopped_run_goes_on_bit_for_bit(kind, step, starts, whole, tmp_path, monkeypatch):
+    killed_at(step, tmp_path, *optimizer_flags(kind))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "stage": "reca')                   # a line that the kill cut
+    _, text_starts = spied(monkeypatch, tmp_path, "--resume", "--save-every", "4", *optimizer_flags(kind))
+    assert_same_run(tmp_path, whole[kind])
+    assert text_starts == starts                                   # losses of the resumed run before the text stream starts
+
+
+def test_a_run_stopped_twice_goes_on_bit_for_bit(whole, tmp_path):
+    killed_at(4, tmp_path, *optimizer_flags("muon"))
+    killed_at(11, tmp_path, *optimizer_flags("muon"), "--resume")
+    run(tmp_path, "--resume")
+    assert_same_run(tmp_path, whole["muon"])
+
+
+def test_resuming_a_finished_run_changes_nothing_it_learned(whole, tmp_path):
+    out = shutil.copytree(whole["adam"], tmp_path / "run")
+    before = contents(out)
+    run(out, "--resume")
+    assert contents(out) == before
+
+
+def test_resume_needs_no_flag_but_out(whole, tmp_path):
+    killed_at(7, tmp_path, *optimizer_flags("adam"))
+    train.main(["--resume", "--out", str(tmp_path), "--device", "cpu"])
+    assert_same_run(tmp_path, whole["adam"])
+
+
+SLOWLY = """
+import time, train
+loss = train.uni_flow_loss
+train.uni_flow_loss = lambda *args, **kwargs: time.sleep(0.05) or loss(*args, **kwargs)
+train.main()
+"""
+
+
+def test_a_killed_process_leaves_a_run_that_goes_on_bit_for_bit(whole, tmp_path):
+    metrics, begin = tmp_path / "metrics.jsonl", time.time()
+    command = [sys.executable, "-c", SLOWLY, *TINY, *optimizer_flags("muon"), "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        while child.poll() is None and time.time() - begin < 300 and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.003)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL and len(figures(tmp_path)) < len(figures(whole["muon"]))
+    run(tmp_path, "--resume")
+    assert_same_run(tmp_path, whole["muon"])
+
+
+def cut_weights(patch, count):
+    real = UniViGU.save_pretrained
+
+    def save(self, folder, *args, **kwargs):
+        real(self, folder, *args, **kwargs)
+        if next(count) == 2:
+            path = Path(folder) / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:100])
+            raise Killed
+
+    patch.setattr(UniViGU, "save_pretrained", save)
+
+
+def cut_state(patch, count):
+    real = torch.save
+
+    def save(state, path):
+        if next(count) == 2:
+            Path(path).write_bytes(b"PK")
+            raise Killed
+        real(state, path)
+
+    patch.setattr(torch, "save", save)
+
+
+def cut_rename(patch, count):
+    real = Path.rename
+
+    def rename(self, target):
+        if self.name.endswith(".part") and next(count) == 2:
+            raise Killed
+        return real(self, target)
+
+    patch.setattr(Path, "rename", rename)
+
+
+@pytest.mark.parametrize("cut", [cut_weights, cut_state, cut_rename], ids=["in the weights", "in the optimizer's state", "before the rename"])
+def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(cut, whole, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        cut(patch, iter(range(100)))                               # saves are at steps 4, 5 and 8: the third one is cut
+        run(tmp_path, *optimizer_flags("muon"))
+    assert (tmp_path / ".step-000008.part").exists() and not (tmp_path / "step-000008").exists()
+    assert [(step, folder.name) for step, folder in train.checkpoints(tmp_path)] == [(4, "step-000004"), (5, "generator")]
+    UniViGU.from_pretrained(tmp_path / "generator", strict=True)
+    run(tmp_path, "--resume")
+    assert_same_run(tmp_path, whole["muon"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_checkpoints_go_and_those_of_stage_ends_stay(whole, tmp_path):
+    assert {f.name for f in whole["muon"].glob("*/")} == {"generator", "recall", "refine", "step-000012"}
+    run(tmp_path, "--keep", "2")
+    assert {f.name for f in tmp_path.glob("*/")} == {"generator", "recall", "refine", "step-000008", "step-000012"}
+
+
+def test_resume_accepts_what_does_not_change_the_result(whole, tmp_path):
+    killed_at(7, tmp_path, *optimizer_flags("muon"))
+    run(tmp_path, "--resume", "--save-every", "2", "--keep", "2")
+    assert_same_run(tmp_path, whole["muon"])
+
+
+@pytest.mark.parametrize("flags, words", [(["--batch", "8"], ("batch", "8", "4")), (["--dim", "36"], ("dim", "36", "24")),
+                                          (["--stages", "recall"], ("stages", "recall", "generator,recall,refine")),
+                                          (["--patch-size", "1,2,2"], ("patch-size", "(1, 2, 2)", "1, 1, 1")),
+                                          (["--overwrite"], ("--overwrite", "--resume"))])
+def test_resume_refuses_a_flag_that_contradicts_the_run(flags, words, whole, capsys):
+    before = contents(whole["muon"])
+    text = refusal(["--resume", "--out", whole["muon"], *flags], capsys, lines=2 if flags == ["--overwrite"] else 1)
+    assert all(word in text for word in words), text
+    assert contents(whole["muon"]) == before
+
+
+def test_resume_without_a_run_is_refused(tmp_path, capsys):
+    assert str(tmp_path / "none") in refusal(["--resume", "--out", tmp_path / "none"], capsys)
+    killed_at(1, tmp_path / "young")                               # before the first checkpoint
+    assert "no checkpoint" in refusal(["--resume", "--out", tmp_path / "young"], capsys)
+    run(tmp_path / "young", "--stages", "generator")               # nothing to protect: starts anew unasked
+
+
+# ---------------------------------------------------------------- the stages
+
+def spied(monkeypatch, out, *flags):
+    """Runs and returns the (args, kwargs) of every loss, and before which of them start_text was called."""
+    calls, starts, loss, start = [], [], train.uni_flow_loss, UniViGU.start_text
+    monkeypatch.setattr(train, "uni_flow_loss", lambda *args, **kwargs: calls.append((args, kwargs)) or loss(*args, **kwargs))
+    monkeypatch.setattr(UniViGU, "start_text", lambda self: starts.append(len(calls)) or start(self))
+    run(out, "--save-every", "1000", *flags)
+    return calls, starts
+
+
+def test_stages_differ_in_the_target_text_and_steps_in_their_clips_and_noise(monkeypatch, tmp_path):
+    calls, _ = spied(monkeypatch, tmp_path, "--seed", "3", "--p-drop", "0.6")
+    assert len(calls) == STEPS
+    for step, ((_, z_v, y, c), kwargs) in enumerate(calls):
+        batch = World(3).dataset("train").__getitems__(range(4 * step, 4 * step + 4))
+        assert torch.equal(z_v, batch["z_v"]) and torch.equal(c, batch["c"])
+        if step < 5:
+            assert y is None and kwargs["p_drop"] == 0.1
+        else:
+            assert torch.equal(y, batch["prompt" if step < 9 else "caption"]) and kwargs["p_drop"] == 0.6
+    assert len({kwargs["generator"].initial_seed() for _, kwargs in calls}) == STEPS
+
+
+def test_the_generator_leaves_the_text_stream_alone(whole):
+    stored = json.loads((whole["muon"] / "generator" / "train.json").read_text())
+    config = UniViGU.from_pretrained(whole["muon"] / "generator").config
+    torch.manual_seed(stored["train"]["seed"])
+    first = UniViGU(config).state_dict()
+    for kind in whole:
+        for stage, text_changes in (("generator", False), ("recall", True)):
+            tensors = load_file(whole[kind] / stage / "model.safetensors")
+            changed = {UniViGU.is_text(name): not torch.equal(tensor, first[name]) for name, tensor in tensors.items()}
+            assert changed == {False: True, True: text_changes}
+
+
+@pytest.mark.parametrize("case, flags, wanted", [
+    ("a whole run", [], [5]),
+    ("from a generator", ["--init", "/generator", "--stages", "recall,refine"], [0]),
+    ("from weights of unknown origin", ["--init", "/foreign", "--stages", "recall"], [0]),
+    ("from a model with text", ["--init", "/recall", "--stages", "refine"], []),
+    ("a generator made from one with text", ["--init", "/recall", "--stages", "generator,refine"], [5]),
+])
+def test_the_text_stream_starts_once_from_the_generator(case, flags, wanted, whole, tmp_path, monkeypatch):
+    source = shutil.copytree(whole["muon"], tmp_path / "source")
+    shutil.copytree(source / "generator", source / "foreign")
+    (source / "foreign" / "train.json").unlink()
+    flags = [str(source) + word if word.startswith("/") else word for word in flags]
+    assert spied(monkeypatch, tmp_path / "out", *flags)[1] == wanted
+
+
+@pytest.mark.parametrize("stages, has_text", [("generator", False), ("recall", True)])
+def test_the_evaluation_knows_whether_there_is_text(stages, has_text, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(World, "evaluate", lambda self, model, out, clips, elapsed, has_text: calls.append((clips, has_text, model.training)))
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+    run(tmp_path, "--stages", stages, "--eval-clips", "7")
+    assert calls == [(7, has_text, False)]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("stage", [*STAGES, "step-000012"])
+def test_a_checkpoint_holds_the_model_and_the_resolved_configuration(stage, whole):
+    folder = whole["adam"] / stage
+    wanted, config, _ = train.parse([*TINY, "--out", str(whole["adam"]), *optimizer_flags("adam")])
+    model = UniViGU.from_pretrained(folder, strict=True)
+    assert model.config == config
+    assert all(torch.equal(p, load_file(folder / "model.safetensors")[name]) for name, p in model.state_dict().items())
+    stored = json.loads((folder / "train.json").read_text())
+    assert Train(**stored["train"]) == wanted and set(stored["train"]) == {f.name for f in dataclasses.fields(Train)}
+    assert (stored["step"], stored["stage"]) == {"generator": (5, "generator"), "recall": (9, "recall"), "refine": (14, "refine"),
+                                                 "step-000012": (12, "refine")}[stage]
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_init_starts_from_the_weights_of_a_checkpoint(whole, tmp_path):
+    run(tmp_path, "--init", str(whole["muon"] / "refine"), "--stages", "refine", "--refine-lr", "0", "--adam-lr", "0", "--refine-steps", "1")
+    assert weights(tmp_path / "refine") == weights(whole["muon"] / "refine")
+
+
+def test_init_may_lie_in_the_run_that_overwrite_replaces(whole, tmp_path):
+    out = shutil.copytree(whole["muon"], tmp_path / "run")
+    run(out, "--init", str(out / "generator"), "--stages", "recall", "--overwrite")
+    assert {f.name for f in out.glob("*/")} == {"recall"}
+
+
+def test_an_existing_run_is_refused_and_intact(whole, capsys):
+    before = contents(whole["muon"])
+    text = refusal([*TINY, "--out", whole["muon"]], capsys)
+    assert str(whole["muon"]) in text and "step 14" in text and "--resume" in text and "--overwrite" in text
+    assert contents(whole["muon"]) == before
+
+
+def test_overwrite_starts_anew(whole, tmp_path):
+    out = shutil.copytree(whole["adam"], tmp_path / "run")
+    run(out, "--overwrite", *optimizer_flags("muon"))
+    assert_same_run(out, whole["muon"])
+
+
+# ---------------------------------------------------------------- optimizers and figures
+
+def test_muon_is_that_of_torch_up_to_bf16():
+    torch.manual_seed(0)
+    shapes = (8, 8), (24, 6), (6, 24), (8, 8), (24, 6)
+    start = [torch.randn(*shape) for shape in shapes]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    optimizers = Muon(ours, lr=0.1, weight_decay=0.0), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.03 * (b - p).norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_orthogonalise_is_its_polynomial_on_the_singular_values(shape):
+    torch.manual_seed(1)
+    g = torch.randn(3, *shape, dtype=torch.float64)
+    a, b, c = coefficients = torch.optim.Muon([torch.zeros(2, 2)]).defaults["ns_coefficients"]
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    torch.testing.assert_close(orthogonalise(g, coefficients, 5), u @ torch.diag_embed(s) @ vh)
+    assert 0.6 < s.min() and s.max() < 1.3                         # nearly orthogonal
+
+
+@pytest.mark.parametrize("kind", ["muon", "adam"])
+def test_every_parameter_has_one_optimizer(kind):
+    model = UniViGU(train.parse(MODEL)[1])
+    optimizers = make_optimizers(model, kind, lr=0.5, adam_lr=0.25)
+    groups = [group for o in optimizers for group in o.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(names) == sorted(id(p) for group in groups for p in group["params"])
+    if kind == "adam":
+        assert [group["peak"] for group in groups] == [0.5]
+        return
+    (adam, muon), (of_adam, of_muon) = groups, optimizers
+    assert isinstance(of_adam, torch.optim.Adam) and isinstance(of_muon, Muon) and (adam["peak"], muon["peak"]) == (0.25, 0.5)
+    assert adam["betas"] == (0.9, 0.95)
+    of_muon = {names[id(p)] for p in muon["params"]}
+    assert of_muon == {name for name in names.values() if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name}
+
+
+@pytest.mark.parametrize("steps, warmup, decay, shares", [
+    (8, 4, 0.5, [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+    (4, 0, 1.0, [1, 0.75, 0.5, 0.25]),
+    (4, 2, 0.0, [0.5, 1, 1, 1]),
+    (6, 4, 1.0, [0.25, 0.5, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),          # rise and fall meet
+])
+def test_the_learning_rate_rises_stays_and_falls(steps, warmup, decay, shares):
+    assert [schedule(step, steps, warmup, decay) for step in range(steps)] == pytest.approx(shares)
+
+
+def test_each_stage_runs_through_its_own_schedule(whole):
+    stored = json.loads((whole["adam"] / "refine" / "train.json").read_text())["train"]
+    for line in figures(whole["adam"]):
+        first, steps = {"generator": (0, 5), "recall": (5, 4), "refine": (9, 5)}[line["stage"]]
+        assert line["lr"] == pytest.approx(stored[line["stage"] + "_lr"] * schedule(line["step"] - 1 - first, steps, 2, stored["decay"]))
+
+
+def test_figures_are_means_over_the_samples_that_counted():
+    meter = Meter("cpu")
+    meter.add(torch.tensor(3.0), dict(video=torch.tensor([1.0, 2, 4, 8]), tau_v=torch.tensor([0.0, 0.05, 0.15, 1]), on_v=torch.tensor([1.0, 1, 1, 0]),
+                                      text=torch.tensor([10.0, 20, 30, 40]), tau_t=torch.tensor([1.0, 0.95, 0.55, 0.5]), on_t=torch.tensor([0.0, 1, 1, 1])))
+    meter.add(torch.tensor(5.0), dict(video=torch.tensor([6.0, 7]), tau_v=torch.tensor([0.19, 0.31]), on_v=torch.tensor([1.0, 1])))
+    assert meter.read() == {"loss": 4.0, "video": 4.0, "video_by_tau": [1.5, 5.0, None, 7.0, None, None, None, None, None, None],
+                            "text": 30.0, "text_by_tau": [None, None, None, None, None, 35.0, None, None, None, 20.0]}
+    empty = meter.read()
+    assert empty.pop("loss") is None and empty.pop("video") is None and set(empty["video_by_tau"]) == {None}
+
+
+def test_the_figures_of_a_run_are_its_losses(monkeypatch, tmp_path):
+    losses, real = [], train.uni_flow_loss
+
+    def record(*args, **kwargs):
+        loss, parts = real(*args, **kwargs)
+        losses.append(loss.item())
+        return loss, parts
+
+    monkeypatch.setattr(train, "uni_flow_loss", record)
+    run(tmp_path)
+    lines, begin = figures(tmp_path), 0
+    assert [(line["step"], line["stage"]) for line in lines] == [(3, "generator"), (5, "generator"), (6, "recall"), (9, "recall"), (12, "refine"), (14, "refine")]
+    for line in lines:
+        window = losses[begin:line["step"]]
+        assert line["loss"] == pytest.approx(sum(window) / len(window), abs=1e-5)
+        assert (line["text"] is None) == (line["stage"] == "generator")
+        begin = line["step"]
+
+
+# ---------------------------------------------------------------- flags
+
+def test_recipe_paper_is_the_papers_choices(monkeypatch, tmp_path):
+    calls, _ = spied(monkeypatch, tmp_path, "--recipe", "paper")
+    config = calls[0][0][0].config
+    assert config.text_output == "velocity" and config.text_shift == 1
+    assert all(kwargs["clocks"] == "independent" and kwargs["anchor"] == 0 and kwargs["lambda_t"] is None for _, kwargs in calls)
+    stored = json.loads((tmp_path / "refine" / "train.json").read_text())["train"]
+    assert stored["recall_optimizer"] == stored["refine_optimizer"] == "adam"
+
+
+def test_a_flag_is_stronger_than_the_recipe_and_the_recipe_than_the_preset():
+    values, config, _ = train.parse(["--recipe", "paper", "--anchor", "0.3", "--text-shift", "2"])
+    assert (values.anchor, values.clocks, config.text_shift, config.text_output) == (0.3, "independent", 2.0, "velocity")
+    values, config, _ = train.parse([])
+    assert (values, config) == (Train(), PRESETS["toy"]) and RECIPES["default"] == {}
+
+
+OTHER = dict(recipe="paper", out="elsewhere", stages="refine", init="somewhere", generator_optimizer="adam", recall_optimizer="adam",
+             refine_optimizer="adam", clocks="independent", device="cpu", precision="fp32", compile="no", patch_size="1,2,2", text_ffn_init="copy",
+             text_output="velocity", embedding="literal", preset="wan-1.3b")
+FIELDS = [*dataclasses.fields(Train), *dataclasses.fields(Config)]
+
+
+def other_value(field, default):
+    """A valid value of a field that is not its default, where there is one."""
+    if field.name in OTHER or isinstance(default, str):
+        return OTHER.get(field.name, default)
+    return default * 2 or 1 if isinstance(default, int) else default / 2 or 0.5
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_every_field_is_a_flag(field):
+    defaults = dataclasses.asdict(Train()) | dataclasses.asdict(PRESETS["toy"])
+    wanted = other_value(field, defaults[field.name])
+    *found, _ = train.parse(["--" + field.name.replace("_", "-"), str(wanted)])
+    found = {name: value for part in found for name, value in dataclasses.asdict(part).items()}
+    assert found[field.name] == ((1, 2, 2) if field.name == "patch_size" else wanted)
+
+
+def test_help_says_a_sentence_on_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")                          # no line is broken
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and " --resume " in text and " --overwrite " in text
+    for field in FIELDS:
+        assert f" --{field.name.replace('_', '-')} {field.name.upper()} {field.metadata['help']}" in text, field.name
+
+
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--generator-step", "3"], ["--res"], ["stray"]])
+def test_unknown_and_abbreviated_flags_are_refused(flags, tmp_path, capsys):
+    assert flags[0] in refusal([*TINY, "--out", tmp_path / "out", *flags], capsys, lines=2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and not contents(tmp_path)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--stages generator,reread", "stages 'generator,reread' generator,recall,refine"),
+    ("--stages refine,recall", "stages 'refine,recall' order"),
+    ("--stages recall,recall", "stages 'recall,recall'"),
+    ("--stages ,", "stages ','"),
+    ("--recall-steps -5", "recall_steps -5 1"),
+    ("--generator-steps 0", "generator_steps 0 1"),
+    ("--refine-lr nan", "refine_lr nan 0"),
+    ("--adam-lr -1", "adam_lr -1 0"),
+    ("--clip 0", "clip 0.0"),
+    ("--p-drop 1.5", "p_drop 1.5 0 1"),
+    ("--seed -1", "seed -1 0"),
+    ("--batch 0", "batch 0 1"),
+    ("--save-every 0", "save_every 0 1"),
+    ("--eval-clips -1", "eval_clips -1 0"),
+    ("--recipe home", "recipe 'home' default paper"),
+    ("--preset wan-2b", "preset 'wan-2b' toy wan-1.3b wan-14b"),
+    ("--preset wan-1.3b", "in_dim 'toy' 24"),
+    ("--data films", "data 'films' toy"),
+    ("--clocks sundial", "clocks 'sundial' independent mixture"),
+    ("--recall-optimizer sgd", "recall_optimizer 'sgd' muon adam"),
+    ("--device tpu", "device 'tpu' auto cpu cuda"),
+    ("--precision fp8", "precision 'fp8' auto fp32 bf16"),
+    ("--compile maybe", "compile 'maybe' yes no"),
+    ("--num-heads 5", "dim 24 num_heads 5"),
+    ("--dim -24", "dim -24 1"),
+    ("--text-output x2", "text_output 'x2' velocity x1"),
+    ("--text-ffn-init copy --text-ffn-dim 40", "text_ffn_init text_ffn_dim 40 32"),
+    ("--text-shift nan", "text_shift nan"),
+    ("--text-len 8", "text_len 8 16"),
+    ("--vocab-size 35", "vocab_size 35 34"),
+    ("--prompt-dim 32", "prompt_dim 32 64"),
+    ("--prompt-len 4", "prompt_len 4 16"),
+    ("--out-dim 23", "out_dim 23 24"),
+    ("--patch-size 1,3,1", "patch_size (1,3,1) (3,4,4)"),
+    ("--patch-size 1,1", "patch_size (1,1) three"),
+    ("--init nowhere", "nowhere model.safetensors"),
+])
+def test_a_bad_value_is_refused_in_one_line_and_nothing_is_written(flags, words, tmp_path, capsys):
+    text = refusal([*TINY, "--out", tmp_path / "out", *flags.split()], capsys)
+    assert all(word in text.replace(", ", ",") for word in words.split()), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, words", [("--batch many", "--batch 'many'"), ("--patch-size 1,a,1", "--patch-size '1,a,1'"), ("--dim 2.5", "--dim '2.5'"),
+                                          ("--refine-lr", "--refine-lr")])
+def test_a_value_of_the_wrong_kind_is_refused(flags, words, tmp_path, capsys):
+    text = refusal([*TINY, "--out", tmp_path / "out", *flags.split()], capsys, lines=2)
+    assert all(word in text for word in words.split()), text
+    assert not list(tmp_path.iterdir())
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncated(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:200])
+
+
+def without_a_tensor(folder):
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["blocks.0.ffn.0.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage, flags, words", [
+    (without("model.safetensors"), [], "no model.safetensors"),
+    (without("config.json"), [], "no config.json"),
+    (truncated("model.safetensors"), [], "cannot be read"),
+    (truncated("config.json"), [], "cannot be read"),
+    (truncated("train.json"), [], "cannot be read"),
+    (without_a_tensor, [], "blocks.0.ffn.0.bias"),
+    (lambda folder: None, ["--dim", "36"], "dim 24 36"),
+    (lambda folder: None, ["--text-shift", "9"], "text_shift 9"),
+], ids=["no weights", "no config", "cut weights", "cut config", "cut train.json", "a tensor less", "other width", "other clock"])
+def test_init_from_a_damaged_or_other_checkpoint_is_refused(damage, flags, words, whole, tmp_path, capsys):
+    folder = shutil.copytree(whole["muon"] / "recall", tmp_path / "init")
+    damage(folder)
+    text = refusal([*TINY, "--init", folder, "--stages", "refine", "--out", tmp_path / "out", *flags], capsys)
+    assert str(folder) in text and all(word in text for word in words.split()), text
+    assert [f.name for f in tmp_path.iterdir()] == ["init"]
+
+
+def test_a_damaged_init_does_not_cost_the_run_to_overwrite(whole, tmp_path, capsys):
+    out = shutil.copytree(whole["muon"], tmp_path / "run")
+    before = contents(out)
+    refusal([*TINY, "--init", tmp_path / "nowhere", "--out", out, "--overwrite"], capsys)
+    assert contents(out) == before
+
+
+def test_an_out_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(tmp_path / "file") in refusal([*TINY, "--out", out], capsys)
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    assert "locked" in refusal([*TINY, "--out", tmp_path / "locked"], capsys)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_costs_nothing(whole, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 6, lambda loss: loss * math.nan)
+        text = refusal([*TINY, "--out", tmp_path, *optimizer_flags("muon")], capsys)
+    assert "step 6" in text and "stage recall" in text and "nan" in text
+    assert train.checkpoints(tmp_path)[-1][0] == 5
+    run(tmp_path, "--resume")
+    assert_same_run(tmp_path, whole["muon"])
+
+
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in refusal([*TINY, "--out", tmp_path], capsys)
