@@ -59,7 +59,8 @@ class Train:
     warmup: int = option(20, "steps over which a stage's learning rate rises; it then falls linearly to 0 over the stage's last part")
     decay: float = option(0.5, "share of a stage over which its learning rate falls")
     clip: float = option(1.0, "largest norm of the gradient")
-    clocks: str = option("mixture", "how the two clocks are drawn: 'mixture' or 'independent' (the paper's)")
+    generator_clocks: str = option("logit-normal", "how stage generator draws its clock: 'logit-normal' or 'independent' (uniform)")
+    clocks: str = option("mixture", "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)")
     p_drop: float = option(0.7, "probability that a sample's prompt is dropped where text is learned")
     anchor: float = option(0.1, "weight of the cross-entropy that keeps text latents on the embedding's rows")
     lambda_t: float = option(0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|")
@@ -254,7 +255,7 @@ def run_stage(stage, model, world, train, first, start, resumed, elapsed, bar):
         generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step)             # no hidden state: a resumed step draws the same
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             loss, parts = uni_flow_loss(model, batch["z_v"], batch[text] if text else None, batch["c"], p_drop=train.p_drop if text else 0.1,
-                                        clocks=train.clocks, lambda_t=train.lambda_t or None, anchor=train.anchor, generator=generator)
+                                        clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None, anchor=train.anchor, generator=generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
         if not torch.isfinite(norm):
@@ -352,7 +353,7 @@ def resolve(given, resume):
 def check(train):
     """Raises ValueError on a value no run can have, before any work is done."""
     for name, allowed in dict(data=("toy",), device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
-                              clocks=("independent", "mixture"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
+                              clocks=("independent", "mixture"), generator_clocks=("independent", "logit-normal"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
     names = train.stages.split(",")

@@ -47,9 +47,9 @@ def option(default, help):
 class Config:
     """Every size and choice of the model. Names that Wan2.1's config.json has are kept."""
 
-    dim: int = option(128, "width of the hidden tokens")
-    ffn_dim: int = option(512, "hidden width of the video expert FFN_v")
-    num_heads: int = option(4, "attention heads; dim / num_heads must be even and at least 6")
+    dim: int = option(64, "width of the hidden tokens")
+    ffn_dim: int = option(256, "hidden width of the video expert FFN_v")
+    num_heads: int = option(2, "attention heads; dim / num_heads must be even and at least 6")
     num_layers: int = option(4, "transformer blocks")
     in_dim: int = option(24, "channels of the video latent that comes in")
     out_dim: int = option(24, "channels of the video velocity that goes out")
@@ -62,7 +62,7 @@ class Config:
     vocab_size: int = option(34, "V, rows of the token embedding E")
     text_len: int = option(16, "N, text tokens of a caption")
     text_dim: int = option(64, "d, width of a text token's embedding")
-    text_ffn_dim: int = option(512, "hidden width of the text expert FFN_t")
+    text_ffn_dim: int = option(256, "hidden width of the text expert FFN_t")
     text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of the video expert (the published weights)")
     text_flow: str = option("embedding", "'embedding': flow matching over token embeddings, eq. 7-8")
     text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper) or the data point 'x1'")
@@ -95,7 +95,7 @@ class Config:
 
 _WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
-    "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
+    "toy": Config(text_output="x1", text_shift=4.0, rope_theta=30.0, gate_init=1.0, qk_bias_init=1.0),
     "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
     "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
 }
@@ -418,15 +418,19 @@ MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text
 def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
     """Draws both clocks of a batch, and which losses and prompts count.
 
-    Returns tau_v, tau_t (B,) in [0, 1]; on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has
-    nothing to learn); keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch.
+    kind: "independent", uniform (the paper's); "logit-normal", the video's clock mostly between .2 and .7, where a video's
+    content is decided, for training a generator from nothing; "mixture", see MIXTURE. Returns tau_v, tau_t (B,) in [0, 1];
+    on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has nothing to learn);
+    keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch.
     """
     u_v, u_t, coin, line = torch.rand(4, batch, generator=generator)
     on = torch.ones(batch)
     if kind == "independent":
         return u_v, warp(u_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: tau_v, tau_t ~ U(0, 1)
+    if kind == "logit-normal":
+        return torch.sigmoid(torch.special.ndtri(u_v) - 0.4), warp(u_t, text_shift), on, on, (coin >= p_drop).float()
     if kind != "mixture":
-        raise ValueError(f"clocks is {kind!r}, wanted 'independent' or 'mixture'")
+        raise ValueError(f"clocks is {kind!r}, wanted 'independent', 'logit-normal' or 'mixture'")
     share = torch.tensor([s for s, _ in MIXTURE.values()]).cumsum(0)
     line = torch.searchsorted(share, line).clamp(max=len(MIXTURE) - 1)
     drop = torch.tensor([p_drop if p is None else p for _, p in MIXTURE.values()])[line]
@@ -450,7 +454,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     b, device = len(z_v1), z_v1.device
     shift = getattr(model, "config", Config()).text_shift
     if y is None:
-        clocks = "independent"                                      # without text there is one clock, and all of it is learned
+        clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
     elif y.shape[:1] != (b,) or y.ndim != 2:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
     tau_v, tau_t, on_v, on_t, keep = (s.to(device) for s in sample_clocks(clocks, b, shift, p_drop, generator))

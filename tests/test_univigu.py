@@ -17,7 +17,7 @@ from univigu import (MIXTURE, PRESETS, Config, UniViGU, clock_grid, generate, jo
                      understand, uni_flow_loss, video_rope, warp)
 
 # Head width 16, so that the axes' shares of it (8, 4, 4) differ; no two sizes are equal that a bug could swap.
-TINY = dict(dim=32, ffn_dim=40, num_heads=2, num_layers=2, in_dim=3, out_dim=3, freq_dim=12, prompt_dim=10, prompt_len=6,
+TINY = dict(dim=32, ffn_dim=40, num_heads=2, num_layers=2, in_dim=3, out_dim=3, freq_dim=12, prompt_dim=10, prompt_len=6, patch_size=(1, 2, 2),
             vocab_size=11, text_len=5, text_dim=8, text_ffn_dim=28)
 SOURCE = Path(univigu.__file__).read_text()
 
@@ -463,7 +463,7 @@ def test_mixture_puts_its_shares_on_the_samplers_lines():
 
 
 def test_unknown_clocks_are_refused():
-    with pytest.raises(ValueError, match="'both'.*'independent' or 'mixture'"):
+    with pytest.raises(ValueError, match="'both'.*'independent', 'logit-normal' or 'mixture'"):
         sample_clocks("both", 2)
 
 
