@@ -496,17 +496,21 @@ def clock_grid(steps, shift):
     return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
 
 
-def velocities(model, state, guidance, null):
-    """v = v_null + guidance (v_cond - v_null), both in one forward pass; guidance 1 is conditional, 0 unconditional.
+def velocities(model, state, guidance, null_v=None, null_t=None):
+    """v = v_null + guidance (v_cond - v_null) for each modality that runs, all in one forward pass; 1 = conditional, 0 = unconditional.
 
-    state: (z_v, z_t, tau_v, tau_t, c); null: dict of the entries that differ without the condition.
+    state: dict of z_v, z_t, tau_v, tau_t, c in this order; null_v, null_t: the entries of it that differ where the video, the text is unconditional.
     """
     if guidance == 1:
-        return model(*state)
-    names = ("z_v", "z_t", "tau_v", "tau_t", "c")
-    both = [None if s is None else torch.cat([null.get(name, s), s]) for name, s in zip(names, state)]
-    v_null, v_cond = zip(*[(None, None) if v is None else v.chunk(2) for v in model(*both)])
-    return [None if n is None else n + guidance * (v - n) for n, v in zip(v_null, v_cond)]
+        return model(*state.values())
+    passes = [{}] + [null for null in (null_v, null_t) if null is not None]
+    v_v, v_t = model(*[None if s is None else torch.cat([null.get(name, s) for null in passes]) for name, s in state.items()])
+    guided = lambda v, null: null + guidance * (v - null)
+    if null_v is not None:
+        v_v = guided(*v_v.chunk(len(passes))[:2])
+    if null_t is not None:
+        v_t = guided(v_t.chunk(len(passes))[0], v_t.chunk(len(passes))[-1])
+    return v_v, v_t
 
 
 def _noise(shape, like, generator):
@@ -525,10 +529,10 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
     one, zero = torch.ones(b, device=z_v.device), torch.zeros(b, device=z_v.device)
     z_t = _noise((b, length or cfg.text_len, cfg.text_dim), z_v, generator)
-    null = dict(z_v=_noise(z_v.shape, z_v, generator), tau_v=zero) if guidance != 1 else {}
+    null = None if guidance == 1 else dict(z_v=_noise(z_v.shape, z_v, generator), tau_v=zero)
     grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
-        _, v_t = velocities(model, (z_v, z_t, one, zero + tau, c), guidance, null)
+        _, v_t = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
         z_t = z_t + (after - tau) * v_t                             # eq. 16
         if callback:
             callback(i, 1.0, after, z_v, z_t)
@@ -547,12 +551,12 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     one, zero = torch.ones(b, device=c.device), torch.zeros(b, device=c.device)
     z_v = _noise((b, *shape), c, generator)
     z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
-    null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
+    null = None if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
     if null and y is not None:
         null |= dict(z_t=_noise(z_t.shape, c, generator), tau_t=zero)
     grid = clock_grid(steps, shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
-        v_v, _ = velocities(model, (z_v, z_t, zero + tau, tau_t, c), guidance, null)
+        v_v, _ = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=zero + tau, tau_t=tau_t, c=c), guidance, null_v=null)
         z_v = z_v + (after - tau) * v_v                             # eq. 17 (eq. 3 without text)
         if callback:
             callback(i, after, 1.0, z_v, z_t)
@@ -564,16 +568,22 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
     """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
 
     c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default) warp the two grids, equal
-    ones are the paper's. guidance contrasts with no prompt. callback as above. Returns z_v (B, C, F, H, W), y_hat (B, N).
+    ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback as
+    above. Returns z_v (B, C, F, H, W), y_hat (B, N).
     """
     cfg, b = model.config, len(c)
     zero = torch.zeros(b, device=c.device)
     z_v = _noise((b, *shape), c, generator)
     z_t = _noise((b, length or cfg.text_len, cfg.text_dim), c, generator)
-    null = {} if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
+    null_v = null_t = None
+    if guidance != 1:
+        no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
+        null_v = dict(z_t=_noise(z_t.shape, c, generator), tau_t=zero, c=no_c)
+        null_t = dict(z_v=_noise(z_v.shape, c, generator), tau_v=zero, c=no_c)
     grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, cfg.text_shift if text_shift is None else text_shift).tolist()
     for i in range(steps):
-        v_v, v_t = velocities(model, (z_v, z_t, zero + grid_v[i], zero + grid_t[i], c), guidance, null)
+        state = dict(z_v=z_v, z_t=z_t, tau_v=zero + grid_v[i], tau_t=zero + grid_t[i], c=c)
+        v_v, v_t = velocities(model, state, guidance, null_v, null_t)
         z_v = z_v + (grid_v[i + 1] - grid_v[i]) * v_v               # eq. 18
         z_t = z_t + (grid_t[i + 1] - grid_t[i]) * v_t               # eq. 18
         if callback:

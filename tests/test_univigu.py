@@ -835,19 +835,25 @@ def test_guidance_is_linear_from_unconditional_0_through_conditional_1_on_every_
     (conditional,), at_1 = guided(model, mode, 1, c_null)
     calls, at_0 = guided(model, mode, 0, c_null)
     _, at_3 = guided(model, mode, 3.5, c_null)
-    assert len(calls) == 1                                                  # both halves in one forward pass
-    halves = [[None if s is None else s[:2] for s in calls[0]], [None if s is None else s[2:] for s in calls[0]]]
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(halves[1], conditional))
-    with torch.no_grad():
-        v_null = model(*halves[0])
-    null_of = dict(z_v=halves[0][0], z_t=halves[0][1], tau_v=halves[0][2], tau_t=halves[0][3], c=halves[0][4])
-    wanted = {"understand": {"z_v", "tau_v"}, "generate": {"z_t", "tau_t", "c"}, "plain": {"c"}, "joint": {"c"}}[mode]
-    assert {name for (name, null), s in zip(null_of.items(), conditional) if s is not None and not torch.equal(null, s)} == wanted
-    if "c" in wanted:
-        assert torch.equal(null_of["c"], torch.full((2, 6, 10), 0.5 if null_prompt else 0.0))
-    for state, clock in (("z_v", "tau_v"), ("z_t", "tau_t")):
-        if state in wanted:
-            assert null_of[clock].tolist() == [0.0, 0.0] and 0.7 < null_of[state].std() < 1.3
+    assert len(calls) == 1                                                  # all passes in one forward
+    passes = list(zip(*[(None,) * (len(calls[0][2]) // 2) if s is None else s.split(2) for s in calls[0]]))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(passes[0], conditional))
+    wanted = {"understand": [{"z_v", "tau_v"}], "generate": [{"z_t", "tau_t", "c"}], "plain": [{"c"}],
+              "joint": [{"z_t", "tau_t", "c"}, {"z_v", "tau_v", "c"}]}[mode]            # what the video's, the text's null pass lacks
+    assert len(passes) == 1 + len(wanted)
+    v_null = []
+    for null, changed in zip(passes[1:], wanted):
+        null_of = dict(zip(("z_v", "z_t", "tau_v", "tau_t", "c"), null))
+        assert {name for (name, n), s in zip(null_of.items(), conditional) if s is not None and not torch.equal(n, s)} == changed - (
+            {"tau_t", "tau_v"} if mode == "joint" else set())                           # at joint's first step both clocks stand at 0
+        if "c" in changed:
+            assert torch.equal(null_of["c"], torch.full((2, 6, 10), 0.5 if null_prompt else 0.0))
+        for state, clock in (("z_v", "tau_v"), ("z_t", "tau_t")):
+            if state in changed:
+                assert null_of[clock].tolist() == [0.0, 0.0] and 0.7 < null_of[state].std() < 1.3
+        with torch.no_grad():
+            v_null.append(model(*null))
+    v_null = v_null[0][0], v_null[-1][1]
     for i, axis in ((0, 1), (1, 2)):
         if at_1[i] is not None:
             assert gap(at_0[i], conditional[i] + v_null[i]) < 1e-5
