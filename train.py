@@ -240,10 +240,14 @@ def run_stage(stage, model, world, train, first, start, resumed, elapsed, bar):
     optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr)
     meter, begin, waited, logged = Meter(device), time.time(), 0.0, (time.time(), start)
     if resumed:
-        *states, sums = torch.load(resumed / "training_state.pt", weights_only=True, map_location=device)
-        meter.sums, meter.loss = sums["sums"], sums["loss"]
-        for optimizer, saved in zip(optimizers, states):
-            optimizer.load_state_dict(saved)
+        try:
+            *states, sums = torch.load(resumed / "training_state.pt", weights_only=True, map_location=device)
+            meter.sums, meter.loss = sums["sums"], sums["loss"]
+            for optimizer, saved in zip(optimizers, states):
+                optimizer.load_state_dict(saved)
+        except Exception as error:  # a damaged file fails in many ways
+            raise OSError(f"checkpoint {resumed}: training_state.pt cannot be read ({type(error).__name__}): remove this folder "
+                          "and --resume goes on from the checkpoint before it") from None
     model.train()
     arrived = time.time()
     for step, batch in enumerate(batches(world.dataset("train"), train.batch, start, first + steps - start), start):

@@ -89,8 +89,10 @@ class Config:
             raise ValueError(f"text_ffn_init='copy' needs text_ffn_dim = ffn_dim, found {self.text_ffn_dim} and {self.ffn_dim}")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
-        if not 0 < self.text_shift < math.inf:
-            raise ValueError(f"text_shift is {self.text_shift}, wanted a positive number")
+        for name in ("eps", "rope_theta", "text_shift", "gate_init", "qk_bias_init"):
+            value, positive = getattr(self, name), name not in ("gate_init", "qk_bias_init")
+            if not (0 < value < math.inf or value == 0 and not positive):
+                raise ValueError(f"{name} is {value}, wanted a finite number {'above' if positive else 'of at least'} 0")
 
 
 _WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
@@ -66,10 +67,10 @@ def measure(found, suffix, results):
     for key, (a, b, names) in pairs.items():
         mode, name = key.split(".")
         results.setdefault(mode, {})[name + suffix], results[mode][f"{name}_each{suffix}"] = score(a, b, names)
-        results.setdefault("chance", {})[key + suffix] = score(a, b.roll(1, 0), names)[0]
+        results.setdefault("chance", {}).setdefault(mode, {})[name + suffix] = score(a, b.roll(1, 0), names)[0]
     if "captions" in found:
         results["understanding"]["exact_match" + suffix] = round((captions == truth).all(1).double().mean().item(), 4)
-        results["chance"]["understanding.exact_match" + suffix] = round((captions == truth.roll(1, 0)).all(1).double().mean().item(), 4)
+        results["chance"]["understanding"]["exact_match" + suffix] = round((captions == truth.roll(1, 0)).all(1).double().mean().item(), 4)
 
 
 # ---------------------------------------------------------------- what a person sees
@@ -82,14 +83,19 @@ def table(results):
         if mode in results:
             r = results[mode]
             each = r.get(f"{name}_each", {})
-            lines.append(f"{mode + '.' + name:32}{r[name]:8.3f}{r[name + '_unseen']:8.3f}{results['chance'][mode + '.' + name]:8.3f}   "
+            lines.append(f"{mode + '.' + name:32}{r[name]:8.3f}{r[name + '_unseen']:8.3f}{results['chance'][mode][name]:8.3f}   "
                          + " ".join(f"{each[a]:10.3f}" for a in each))
     return "\n".join(lines)
 
 
+def to_pixels(frames):
+    """(3, ..., H, W) in [-1, 1] -> (..., H, W, 3) uint8."""
+    return rearrange(frames, "rgb ... h w -> ... h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+
+
 def to_image(frame, zoom):
     """One frame (3, H, W) in [-1, 1] -> a PIL image, each pixel zoom x zoom."""
-    pixels = rearrange(frame, "rgb h w -> h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    pixels = to_pixels(frame)
     return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.NEAREST)
 
 
@@ -134,6 +140,8 @@ def evaluate(model, world, out, clips, seed, elapsed, has_text):
             for mode, (video, text) in gifs.items():
                 write_gif(out / f"{mode}.gif", found[video][0])
                 results.setdefault("pictures", {})[f"{mode}.gif"] = found[text][0]
+            clip = shapes.render(world.dataset("seen").clips([0]))[0]
+            np.save(out / "clip.npy", to_pixels(clip))              # the clip of understand.gif at its own size, for sample.py to read
     results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
