@@ -1,7 +1,7 @@
 """Trains Uni-ViGU: stage generator (toy only: the stand-in for pretrained Wan), then recall, then refine, then evaluation.
 
     python train.py                                         the toy, all stages, minutes on a CPU
-    python train.py --recipe paper --out runs/paper         the paper's exact choices
+    python train.py --recipe paper --out runs/paper         the paper's clocks, outputs, loss and optimizer
     python train.py --resume                                go on where the last checkpoint stands
     python train.py --stages recall,refine --init runs/toy/generator --out runs/again
 
@@ -29,7 +29,8 @@ STAGES = {"generator": None,      # eq. 2: the video alone
           "recall": "prompt",     # section 3.3, stage 1: the target text is the prompt itself
           "refine": "caption"}    # section 3.3, stage 2: the target text is the detailed caption
 
-# What `--recipe paper` changes: independent uniform clocks, velocity output, eq. 11 and nothing else, Adam.
+# What `--recipe paper` changes: independent uniform clocks, velocity output, eq. 11 and nothing else, Adam. The stand-in
+# generator, the sizes and the number of steps stay the toy's, and E's rows stay unit, for else they collapse.
 RECIPES = {"default": {}, "paper": dict(clocks="independent", text_shift=1.0, text_output="velocity", anchor=0.0,
                                         recall_optimizer="adam", refine_optimizer="adam", recall_lr=1e-3, refine_lr=1e-3)}
 
@@ -39,7 +40,7 @@ class Train:
     """Everything a run needs beside the model's Config; one flag a field."""
 
     preset: str = option("toy", f"sizes of the model: {', '.join(PRESETS)}")
-    recipe: str = option("default", "training choices: 'default' (measured in the toy) or 'paper' (its exact ones)")
+    recipe: str = option("default", "training choices of the text stages: 'default' (measured in the toy) or 'paper' (its clocks, output, loss and optimizer)")
     data: str = option("toy", "the world to learn: 'toy', moving shapes drawn on the fly")
     out: str = option("runs/toy", "folder for checkpoints, metrics.jsonl, results.json and samples")
     stages: str = option("generator,recall,refine", "which stages to run, in this order")

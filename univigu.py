@@ -7,28 +7,29 @@ Read it top to bottom, in the order the data flows:
     uni_flow_loss        both flows, two independent clocks
     understand, generate, joint      the samplers: they differ only in which clock runs
 
-Symbols, the same everywhere in this repository (B batch, F H W latent frames/height/width):
-    z_v    (B, C, F, H, W)   video latent; z_v1 data, z_v0 noise
+Symbols, the same everywhere in this repository (B batch, V vocabulary, N and d text tokens and their width, L prompt tokens):
+    z_v    (B, C, F, H, W)   video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
     y      (B, N) int64      text tokens; y_hat decoded ones
     z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise
     tau_v, tau_t  (B,)       the two clocks in [0, 1]: 0 = noise, 1 = data (Wan's clock is t = 1000 (1 - tau))
     c      (B, L, prompt_dim)  prompt embedding, zero-padded; null (zeros) = no prompt
-    v_v, v_t                 velocity = data - noise, shaped as z_v, z_t (minus Wan's output)
-    h      (B, n, dim)       hidden tokens; _v video (n_v of them), _t text (N of them)
+    u_v, u_t                 the target velocity, data - noise; v_v, v_t the model's prediction of it (Wan's network gives -v_v)
+    h      (B, n, dim)       hidden tokens; _v video (n_v of them, on a grid of f h w), _t text (N of them)
+    e      (B, dim)          a clock's embedding; (B, 6, dim) in a block: shift, scale and gate of its two modulated branches
     eq. k                    equation k of the paper, arXiv 2604.08121
 
 Where we differ from the paper, or fill its silence:
-    1. E's rows have unit RMS (eq. 7 with a free E is minimised by E -> 0); embedding="literal" is the paper's text as it stands.
+    1. E's rows have unit RMS; with embedding="literal", the paper's free E, the text flow's loss is minimised by E -> 0.
     2. A small cross-entropy anchors z_t to E's rows ("align the token embeddings"); anchor=0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
-    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk, and warps the text clock;
-       clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
+    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk; text_shift warps the text
+       clock under any clocks. clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
     5. Text positions, text time embedder and text head: as in the authors' published weights, where the paper says nothing.
-    6. Guidance, shift, the initial gates: Wan's conventions, or choices measured in the toy (see README).
+    6. Guidance, shift, initial gates and biases: see README.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import torch
@@ -45,7 +46,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Every size and choice of the model. Names that Wan2.1's config.json has are kept."""
+    """Every size and choice of the model. Wan2.1's names where the meaning is the same; text_* here is the text stream."""
 
     dim: int = option(64, "width of the hidden tokens")
     ffn_dim: int = option(256, "hidden width of the video expert FFN_v")
@@ -66,8 +67,8 @@ class Config:
     text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of the video expert (the published weights)")
     text_flow: str = option("embedding", "'embedding': flow matching over token embeddings, eq. 7-8")
     text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper) or the data point 'x1'")
-    embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal' as eq. 7 stands (collapses)")
-    text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = u / (u + s (1 - u)); 1 = the paper's")
+    embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal', free as in eq. 7 (they collapse)")
+    text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = r / (r + s (1 - r)); 1 = the paper's")
     gate_init: float = option(0.0, "added to the random initial gates; 0 = Wan's, 1 trains faster from scratch")
 
     qk_bias_init: float = option(0.0, "deviation of the initial q and k biases of self-attention; 0 = Wan's, 1 attends by position from the start")
@@ -78,9 +79,9 @@ class Config:
                                   text_output=("velocity", "x1"), embedding=("unit", "literal")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {allowed}")
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} is {value}, wanted at least 1")
+        for f in fields(self):
+            if f.type is int and getattr(self, f.name) < 1:
+                raise ValueError(f"{f.name} is {getattr(self, f.name)}, wanted at least 1")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers (frames, rows, columns)")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
@@ -118,9 +119,9 @@ def path(z0, z1, tau):
     return z, u
 
 
-def warp(u, shift):
-    """A clock that lingers near noise for shift > 1: [0, 1] -> [0, 1]. It is Wan's sigma' = s sigma / (1 + (s - 1) sigma) in tau."""
-    return u / (u + shift * (1 - u))
+def warp(r, shift):
+    """A clock that lingers near noise for shift > 1 (1: as it is): [0, 1] -> [0, 1]. It is Wan's sigma' = s sigma / (1 + (s - 1) sigma)."""
+    return r / (r + shift * (1 - r))
 
 
 # ---------------------------------------------------------------- building blocks
@@ -202,9 +203,9 @@ def rotate(x, cos, sin, pairs):
 
     pairs: "adjacent" = (2i, 2i+1), Wan's video tokens; "halves" = (i, i + head_dim/2), text tokens as published.
     """
-    split, join = ("(i two)", "two") if pairs == "adjacent" else ("(two i)", "two")
-    a, b = rearrange(x.float(), f"b m n {split} -> {join} b m n i", two=2)
-    return rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"two b m n i -> b m n {split}").type_as(x)
+    split = "(i two)" if pairs == "adjacent" else "(two i)"
+    a, b = rearrange(x.float(), f"b heads n {split} -> two b heads n i", two=2)
+    return rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"two b heads n i -> b heads n {split}").type_as(x)
 
 
 # ---------------------------------------------------------------- attention and the block
@@ -219,14 +220,14 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x, context, rope=None):
-        """x (B, n, dim) attends to context (B, m, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence."""
+        """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
-        q, k, v = (rearrange(s, "b n (m d) -> b m n d", m=self.num_heads) for s in (q, k, v))
+        q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
         if rope is not None:
             sizes = [len(cos) for cos, _, _ in rope]
             q, k = (torch.cat([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
         a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
-        return self.o(rearrange(a, "b m n d -> b n (m d)"))
+        return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
 
 
 class Block(nn.Module):
@@ -250,11 +251,11 @@ class Block(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
         streams = range(len(h))
 
-        x = torch.cat([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)  # [h_v; h_t]
+        x = torch.cat([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)  # [h_v; h_t] (B, n_v + N, dim)
         a = self.self_attn(x, x, rope).split(sizes, dim=1)                                   # eq. 14
         h = [h[i] + gate[i] * a[i] for i in streams]
 
-        a = self.cross_attn(self.norm3(torch.cat(h, dim=1)), c).split(sizes, dim=1)          # eq. 4, no gate
+        a = self.cross_attn(self.norm3(torch.cat(h, dim=1)), c).split(sizes, dim=1)          # eq. 4; both read the prompt; no gate, as Wan
         h = [h[i] + a[i] for i in streams]
 
         experts = (self.ffn, self.ffn_t)
@@ -304,11 +305,11 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def is_text(cls, name):
         """Whether parameter `name` belongs to the text stream, that is, Wan does not have it."""
-        return any(part in f".{name}" for part in ("." + p for p in cls.TEXT_PARAMETERS))
+        return any(f".{part}" in f".{name}" for part in cls.TEXT_PARAMETERS)
 
     @torch.no_grad()
     def init_weights(self):
-        """Wan's initialisation, with gates that may start open (config.gate_init)."""
+        """Wan's initialisation, but Xavier for the prompt and clock embeddings too (at Wan's sizes its 0.02 is about that)."""
         dim = self.config.dim
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -327,7 +328,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
                 nn.init.normal_(projection.bias, std=self.config.qk_bias_init)
         for head in (self.head, self.head_t):
             nn.init.normal_(head.modulation, std=dim**-0.5)
-            nn.init.zeros_(head.head.weight)                        # the first velocity is zero: no direction is better than a random one
+            nn.init.zeros_(head.head.weight)                        # an untrained head says nothing (zero) instead of something random
         nn.init.normal_(self.token_embedding.weight)                # unit RMS, as the noise and the video latents
 
     @torch.no_grad()
@@ -401,14 +402,15 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         return v_v, None if z_t is None else self.text_velocity(self.head_t(h[1], e[1]), z_t, tau_t)
 
     def text_velocity(self, out, z_t, tau_t):
-        """Reads the text head's output as a velocity (B, N, d); an x1 prediction implies v = (x1_hat - z_t) / (1 - tau_t)."""
+        """The text head's output as a velocity (B, N, d); an x1 prediction implies v = (x1_hat - z_t) / max(1 - tau_t, 0.05)."""
         if self.config.text_output == "velocity":
             return out
-        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                    # the clamp bounds the loss near data
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                    # unclamped, errors near data would be divided by 0
 
 
 # ---------------------------------------------------------------- training: one loss for both flows
 
+# Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
 # clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there
 # (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
 MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text is learned
@@ -420,25 +422,25 @@ MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text
 def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
     """Draws both clocks of a batch, and which losses and prompts count.
 
-    kind: "independent", uniform (the paper's); "logit-normal", the video's clock mostly between .2 and .7, where a video's
+    kind: "independent", uniform (the paper's at text_shift 1); "logit-normal", the video's clock mostly between .2 and .7, where a video's
     content is decided, for training a generator from nothing; "mixture", see MIXTURE. Returns tau_v, tau_t (B,) in [0, 1];
     on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has nothing to learn);
-    keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch.
+    keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch. p_drop in [0, 1]. Raises ValueError for another kind.
     """
-    u_v, u_t, coin, line = torch.rand(4, batch, generator=generator)
+    r_v, r_t, coin, line = torch.rand(4, batch, generator=generator)
     on = torch.ones(batch)
     if kind == "independent":
-        return u_v, warp(u_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: tau_v, tau_t ~ U(0, 1)
+        return r_v, warp(r_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: ~ U(0, 1) at text_shift 1
     if kind == "logit-normal":
-        return torch.sigmoid(torch.special.ndtri(u_v) - 0.4), warp(u_t, text_shift), on, on, (coin >= p_drop).float()
+        return torch.sigmoid(torch.special.ndtri(r_v) - 0.4), warp(r_t, text_shift), on, on, (coin >= p_drop).float()
     if kind != "mixture":
         raise ValueError(f"clocks is {kind!r}, wanted 'independent', 'logit-normal' or 'mixture'")
     share = torch.tensor([s for s, _ in MIXTURE.values()]).cumsum(0)
     line = torch.searchsorted(share, line).clamp(max=len(MIXTURE) - 1)
     drop = torch.tensor([p_drop if p is None else p for _, p in MIXTURE.values()])[line]
     is_ = {name: line == i for i, name in enumerate(MIXTURE)}
-    tau_t = warp(torch.where(is_["joint"], u_v, u_t), text_shift)
-    tau_v, tau_t = u_v.masked_fill(is_["understand"], 1.0), tau_t.masked_fill(is_["generate"], 1.0)
+    tau_t = warp(torch.where(is_["joint"], r_v, r_t), text_shift)
+    tau_v, tau_t = r_v.masked_fill(is_["understand"], 1.0), tau_t.masked_fill(is_["generate"], 1.0)
     return tau_v, tau_t, on - is_["understand"].float(), on - is_["generate"].float(), (coin >= drop).float()
 
 
@@ -449,9 +451,11 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain video generator (eq. 2);
     c (B, <= L, prompt_dim) prompts, replaced by c_null (zeros by default) with probability p_drop per sample.
     lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the cross-entropy that keeps z_t on E's rows (0 = paper).
-    generator: a CPU torch.Generator for clocks, coins and noise. Returns total (a scalar: eq. 11 divided by the number of
+    clocks: see sample_clocks; without text, "mixture" is "independent". generator: a CPU torch.Generator for clocks, coins and
+    noise. Raises ValueError for y that is not (B, N). Returns total (a scalar: eq. 11 divided by the number of
     entries of a video latent, plus the anchor) and a dict of detached parts: "video", "text" (mean squared velocity error
-    of an entry, per sample (B,)), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,).
+    of an entry, per sample (B,), 0 where on_* is 0), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,). With y None:
+    the mean of eq. 2, and "video", "tau_v", "on_v" alone.
     """
     b, device = len(z_v1), z_v1.device
     shift = getattr(model, "config", Config()).text_shift
@@ -490,7 +494,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
 # ---------------------------------------------------------------- inference: three modes, one Euler solver
 
 def clock_grid(steps, shift):
-    """The times an Euler solver visits: (steps + 1,) from 0 to 1, equally spaced in Wan's unshifted sigma."""
+    """The times an Euler solver visits: (steps + 1,) from 0 to 1, equal steps warped. Raises ValueError for steps < 1, shift <= 0."""
     if steps < 1:
         raise ValueError(f"steps is {steps}, wanted at least 1")
     if shift <= 0:
@@ -501,6 +505,7 @@ def clock_grid(steps, shift):
 def velocities(model, state, guidance, null_v=None, null_t=None):
     """v = v_null + guidance (v_cond - v_null) for each modality that runs, all in one forward pass; 1 = conditional, 0 = unconditional.
 
+    A modality at tau = 0 is pure noise and tells nothing: that is how the other one is made unconditional, without an extra token.
     state: dict of z_v, z_t, tau_v, tau_t, c in this order; null_v, null_t: the entries of it that differ where the video, the text is unconditional.
     """
     if guidance == 1:
@@ -570,8 +575,8 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
     """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
 
     c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default) warp the two grids, equal
-    ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback as
-    above. Returns z_v (B, C, F, H, W), y_hat (B, N).
+    ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i, tau_v,
+    tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N).
     """
     cfg, b = model.config, len(c)
     zero = torch.zeros(b, device=c.device)
