@@ -79,7 +79,7 @@ class Train:
 class Muon(torch.optim.Muon):
     """torch's Muon, in fp32 and with matrices of one shape orthogonalised together.
 
-    torch 2.13 orthogonalises one matrix at a time and in bf16, which a CPU without bf16 units multiplies 100 times slower than fp32.
+    torch 2.13 orthogonalises one matrix at a time and in bf16, which a CPU without bf16 units multiplies far slower than fp32.
     """
 
     @torch.no_grad()

@@ -415,7 +415,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
 # (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
 MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text is learned
            "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.20, 0.1),          # both run together, on the line that joint() walks
+           "joint": (0.20, 0.1),          # both run together, on the line that joint() walks at shift 1
            "independent": (0.15, None)}   # anywhere
 
 
@@ -458,7 +458,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     the mean of eq. 2, and "video", "tau_v", "on_v" alone.
     """
     b, device = len(z_v1), z_v1.device
-    shift = getattr(model, "config", Config()).text_shift
+    shift = model.config.text_shift
     if y is None:
         clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
     elif y.shape[:1] != (b,) or y.ndim != 2:
