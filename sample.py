@@ -3,7 +3,11 @@
     python sample.py understand --video clip.gif                       prints the caption
     python sample.py generate --prompt "a red circle moving right" --out circle.gif
     python sample.py joint --prompt "a red circle moving right" --out circle.gif
+    python sample.py generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat on a lawn" --out cat.mp4
+    python sample.py generate --prompts prompts.txt --out drawn       many prompts, one a line: drawn/00000.mp4 ... and drawn/index.jsonl
+    python sample.py understand --videos drawn --out captions.jsonl   every video of a folder
 
+A checkpoint is a folder that train.py wrote, or, of the real world, Wan2.1 or the published Uni-ViGU, as a path or hub id (see wan/weights.py).
 Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a folder of PNG frames.
 """
 
@@ -14,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +26,9 @@ import torch
 from einops import rearrange
 from PIL import GifImagePlugin, Image
 
-from univigu import UniViGU, generate, joint, understand
+import wan
+from univigu import Config, UniViGU, generate, joint, understand
 
-FPS = 8
 FORMATS = (".gif", ".mp4", ".npy", "")
 
 
@@ -109,7 +114,7 @@ def check_folder(path):
         raise ValueError(f"--out {path}: {folder} is {'a folder without write permission' if folder.is_dir() else 'no folder'}")
 
 
-def write_video(path, frames):
+def write_video(path, frames, fps=8):
     """frames (1, 3, T, H, W) in [-1, 1] -> a file of the kind its ending names, complete or not there at all."""
     path = Path(path)
     pixels = rearrange(frames[0], "rgb t h w -> t h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -125,7 +130,7 @@ def write_video(path, frames):
         elif path.suffix == ".npy":
             np.save(part, pixels)
         else:
-            {".gif": write_gif, ".mp4": write_mp4}[path.suffix](part, pixels)
+            {".gif": write_gif, ".mp4": write_mp4}[path.suffix](part, pixels, fps)
         part.replace(path)
     finally:
         remove(part)
@@ -136,22 +141,22 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def write_gif(path, pixels):
+def write_gif(path, pixels, fps=8):
     """pixels (T, H, W, 3) uint8 -> a GIF that repeats. Frame by frame: Pillow's save would merge frames that look alike."""
     images = [Image.fromarray(frame).quantize(256) for frame in pixels]
     with open(path, "wb") as file:
         file.writelines(GifImagePlugin.getheader(images[0].copy(), info={"loop": 0})[0])
         for image in images:
-            file.writelines(GifImagePlugin.getdata(image, duration=1000 // FPS, include_color_table=True))
+            file.writelines(GifImagePlugin.getdata(image, duration=1000 // fps, include_color_table=True))
         file.write(b";")
 
 
-def write_mp4(path, pixels):
+def write_mp4(path, pixels, fps=8):
     """pixels (T, H, W, 3) uint8 -> H.264. Small frames keep full colour resolution: halved, their colours would run."""
     import av
 
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=FPS, options={"crf": "8"})
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "8"})
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv444p" if min(pixels.shape[1:3]) < 128 else "yuv420p"
         for frame in pixels:
@@ -159,72 +164,195 @@ def write_mp4(path, pixels):
         file.mux(stream.encode())
 
 
-# ---------------------------------------------------------------- the three modes
+# ---------------------------------------------------------------- checkpoints
 
-def load(folder):
-    """A checkpoint folder -> the model and the world it was trained in. Raises ValueError where it is none."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "config.json", "train.json"):
+def load(flags):
+    """--checkpoint -> (what makes the model, its Config, the world it was trained in, its stage). Raises ValueError where it is none."""
+    folder, device = Path(flags.checkpoint), choose_device(flags.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wan.is_wan(flags.checkpoint):
+        layout, config = wan.layout(flags.checkpoint), wan.config(flags.checkpoint)
+        base = flags.wan if layout == "published" else None
+        state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=config.latents, text_len=config.text_len, prompt_len=config.prompt_len)
+        world, stage = wan.World.restore(state, device=device), "refine" if layout == "published" else "generator"
+        return lambda: wan.load(flags.checkpoint, base=base, dtype=dtype, device=device), config, world, stage
+    for name in ("model.safetensors", "config.json", "train.json", "world.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}: wanted a folder that train.py wrote, such as runs/toy/refine")
     try:
-        with contextlib.redirect_stdout(sys.stderr):                # the hub's messages are no part of a caption
-            model = UniViGU.from_pretrained(folder, strict=True).eval()
-        train = json.loads((folder / "train.json").read_text())
-        data, stage = train["train"]["data"], train["stage"]
+        config = Config(**json.loads((folder / "config.json").read_text()))
+        stage, state = json.loads((folder / "train.json").read_text())["stage"], json.loads((folder / "world.json").read_text())
+        kind = state["world"]
     except Exception as error:  # truncated or foreign files fail in many ways
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
-    if data != "toy":
-        raise ValueError(f"checkpoint {folder} was trained on {data!r}, wanted 'toy'")
-    from toy import World
+    if kind not in ("toy", "wan"):
+        raise ValueError(f"checkpoint {folder} was trained in world {kind!r}, wanted 'toy' or 'wan'")
+    if kind == "toy":
+        from toy import World
 
-    world, c = World(), model.config
-    found, wanted = (c.in_dim, c.vocab_size, c.text_len, c.prompt_dim), (world.shape[0], len(world.tokenizer), world.text_len, world.prompt_encoder.width)
-    if found != wanted:
-        raise ValueError(f"checkpoint {folder} has in_dim, vocab_size, text_len, prompt_dim {found}, but its data {data!r} has {wanted}")
-    return model, world, stage
+        world = World()
+        try:
+            world.check(config)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {folder}: {error}") from None
+    else:
+        world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
+    return lambda: read_model(folder).to(device, dtype), config, world, stage
 
+
+def read_model(folder):
+    """The model of a folder that train.py wrote. Raises ValueError where its weights are damaged."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):                # the hub's messages are no part of a caption
+            return UniViGU.from_pretrained(folder, strict=True)
+    except Exception as error:  # truncated or foreign files fail in many ways
+        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
+
+
+def choose_device(name):
+    """--device -> torch.device. Raises ValueError for a GPU that is not there."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is 'cuda', but torch finds no CUDA GPU; wanted 'cpu' or 'auto'")
+    return device
+
+
+def estimate(config, world, shape, mode, options, flags, device):
+    """Prints what a sample will take, without loading weights. FLOPs: 2 per multiply-add, see README."""
+    n_v = shape[1] * shape[2] * shape[3] // (config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
+    n_t = 0 if mode == "generate" and flags.stage == "generator" else config.text_len
+    n, d = n_v + n_t, config.dim
+    linears = 4 * d * d * 3 * n + 4 * d * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
+    forward = config.num_layers * (linears + 4 * n * n * d + 4 * n * config.prompt_len * d)
+    passes = options["steps"] * (1 if options["guidance"] == 1 else 3 if mode == "joint" else 2)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in UniViGU(config).parameters())
+    bytes_each = 2 if device.type == "cuda" else 4
+    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for repeats in (2, 20):                                         # the first round warms up
+        begin = time.time()
+        for _ in range(repeats):
+            y = x @ x
+        y.sum().item()
+    rate = 20 * 2 * 2048**3 / (time.time() - begin)
+    print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
+    print(f"{parameters:,} parameters, {parameters * bytes_each / 1e9:.1f} GB of weights, about {passes // options['steps'] * n * d * 40 * bytes_each / 1e9:.1f} GB of activations")
+    print(f"{passes} passes of {forward / 1e12:.2f} TFLOP: about {passes * forward / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
+
+
+# ---------------------------------------------------------------- the three modes
 
 def run(flags):
-    """One of the three modes, from flags to printed caption and written file."""
-    model, world, stage = load(flags.checkpoint)
-    if stage == "generator" and flags.mode != "generate":
+    """One of the three modes, from flags to printed captions and written files."""
+    make_model, config, world, flags.stage = load(flags)
+    if flags.stage == "generator" and flags.mode != "generate":
         raise ValueError(f"checkpoint {flags.checkpoint} is of stage generator, which knows no text yet; wanted recall or refine")
-    defaults = world.sampling[flags.mode]
-    options = {name: defaults[name] if getattr(flags, name) is None else getattr(flags, name) for name in ("steps", "guidance")}
-    options["generator"] = torch.Generator().manual_seed(flags.seed)
-    if flags.mode == "understand":
-        if flags.out and Path(flags.out).is_dir():
-            raise ValueError(f"--out {flags.out} is a folder, wanted a text file")
-        check_folder(flags.out)
-        z_v = world.codec.encode(read_video(flags.video, world.frame_shape[1:]))
-        caption = world.tokenizer.decode(understand(model, z_v, **options))[0]
+    options = dict(world.sampling[flags.mode]) | {name: getattr(flags, name) for name in ("steps", "guidance", "shift") if getattr(flags, name) is not None}
+    frames, rows, columns = world.frame_shape[1:]
+    size = (flags.frames or frames, *(flags.size or (rows, columns)))
+    if world.fixed_size and size != (frames, rows, columns):
+        raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, but this checkpoint has {frames} of {rows}x{columns}")
+    if world.fixed_size:
+        shape = world.shape
+    elif size[0] % 4 != 1 or size[1] % 16 or size[2] % 16:
+        raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, wanted 4n + 1 frames, rows and columns that are multiples of 16")
+    else:
+        shape = (config.in_dim, 1 + size[0] // 4, size[1] // 8, size[2] // 8)
+    if flags.dry_run:
+        return estimate(config, world, shape, flags.mode, options, flags, choose_device(flags.device))
+    return (describe if flags.mode == "understand" else draw)(flags, make_model, world, shape, size, options)
+
+
+def describe(flags, make_model, world, shape, size, options):
+    """understand: prints the caption of a video, or writes those of a folder as JSON lines."""
+    if flags.out and Path(flags.out).is_dir():
+        raise ValueError(f"--out {flags.out} is a folder, wanted a text file")
+    check_folder(flags.out)
+    videos = [Path(flags.video)] if flags.video else sorted(f for f in list_folder(flags.videos) if f.suffix in FORMATS[:3])
+    if not videos:
+        raise ValueError(f"--videos {flags.videos} holds no .gif, .mp4 or .npy")
+    model = None
+    for i, video in enumerate(videos):
+        z_v = world.codec.encode(world.read_video(video, size) if world.read_video else read_video(video, size))
+        model = model or make_model().eval()                        # after the first file was read: it may be a wrong one
+        generator = torch.Generator().manual_seed(flags.seed + i)
+        z_v = z_v.to(next(model.parameters()).device)
+        caption = world.tokenizer.decode(understand(model, z_v, generator=generator, **options).cpu())[0]
+        line = caption if flags.video else json.dumps({"video": video.name, "caption": caption}, ensure_ascii=False)
         if flags.out:
             Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-            Path(flags.out).write_text(caption + "\n")
-        print(caption)
-        return
-    check_out(flags.out)
-    c = world.prompt_encoder([flags.prompt])
-    if flags.mode == "generate":
-        z_v = generate(model, caption_tokens(flags, world, stage), c, world.shape, **options)
-    else:
-        z_v, y_hat = joint(model, c, world.shape, **options)
-        print(world.tokenizer.decode(y_hat)[0])
-    write_video(flags.out, world.codec.decode(z_v))
-    print(f"wrote {flags.out}", file=sys.stderr)
+            with open(flags.out, "a" if i else "w") as file:
+                file.write(line + "\n")
+        print(line, flush=True)
 
 
-def caption_tokens(flags, world, stage):
-    """The text stream of `generate`: the caption, else the prompt; None for stage generator, which has no text."""
-    if stage == "generator":
+def draw(flags, make_model, world, shape, size, options):
+    """generate and joint: writes the video of a prompt, or those of a file of prompts with their index.jsonl; prints joint's captions."""
+    prompts = [flags.prompt] if flags.prompt is not None else [line.strip() for line in read_text(flags.prompts).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {flags.prompts} is empty, wanted a prompt a line")
+    ending = ".gif" if world.fixed_size else ".mp4"
+    if flags.prompts and not flags.out:
+        raise ValueError("--prompts needs --out, the folder for the videos")
+    out = Path(flags.mode + ending if flags.out is None else flags.out)
+    names = [out] if flags.prompt is not None else [out / f"{i:05d}{ending}" for i in range(len(prompts))]
+    check_out(names[0] if flags.out or flags.out is None else "")
+    texts = [caption_tokens(flags, world, prompt) for prompt in prompts]
+    embeddings = [world.prompt_encoder([prompt]) for prompt in prompts]                      # before the model is there: both may not fit
+    c_null = world.prompt_encoder([flags.negative_prompt or world.negative_prompt]) if options["guidance"] != 1 and world.negative_prompt else None
+    model = make_model().eval()
+    device = next(model.parameters()).device
+    for i, (prompt, c, y, name) in enumerate(zip(prompts, embeddings, texts, names)):
+        common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i)) | ({} if c_null is None else dict(c_null=c_null.to(device)))
+        row = {"video": name.name, "prompt": prompt}
+        if flags.mode == "generate":
+            z_v = generate(model, None if y is None else y.to(device), c.to(device), shape, **common)
+        else:
+            z_v, y_hat = joint(model, c.to(device), shape, **common)
+            row["caption"] = world.tokenizer.decode(y_hat.cpu())[0]
+            print(row["caption"], flush=True)
+        write_video(name, world.codec.decode(z_v), world.fps)
+        print(f"wrote {name}", file=sys.stderr)
+        if flags.prompts:
+            with open(out / "index.jsonl", "a" if i else "w") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def caption_tokens(flags, world, prompt):
+    """The text stream of `generate`: the caption, else the prompt, as y (1, N); None for joint, and for stage generator, which has no text."""
+    if flags.mode == "joint":
+        return None
+    if flags.stage == "generator":
         if flags.caption:
             raise ValueError(f"--caption: checkpoint {flags.checkpoint} is of stage generator, which knows no text; wanted recall or refine")
         return None
-    text = flags.caption or flags.prompt
+    text = flags.caption or prompt
     if not text.split():
         raise ValueError("--prompt is empty: wanted words there or in --caption")
     return world.tokenizer.encode([text])
+
+
+def list_folder(path):
+    """The files of a folder. Raises ValueError where there is none."""
+    if not Path(path).is_dir():
+        raise ValueError(f"--videos {path} is no folder")
+    return Path(path).iterdir()
+
+
+def read_text(path):
+    """A UTF-8 file. Raises ValueError for one that is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {path} is not UTF-8") from None
+
+
+# ---------------------------------------------------------------- flags
+
+def rows_by_columns(text):
+    """"480x832" -> (480, 832)."""
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 def parse(argv):
@@ -233,21 +361,31 @@ def parse(argv):
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for mode, about in (("understand", "video -> caption"), ("generate", "prompt -> video"), ("joint", "prompt -> video and caption")):
         sub = modes.add_parser(mode, help=about, description=about, usage=usage, allow_abbrev=False)
-        sub.add_argument("--checkpoint", default="runs/toy/refine", help="folder that train.py wrote (default: %(default)s)")
+        sub.add_argument("--checkpoint", default="runs/toy/refine", help="folder that train.py wrote, or Wan2.1 or the published Uni-ViGU, path or hub id (default: %(default)s)")
+        sub.add_argument("--wan", default="", help="folder or hub id with Wan's VAE, umT5 and tokenizer (default: the checkpoint's own)")
+        what = sub.add_mutually_exclusive_group(required=True)
         if mode == "understand":
-            sub.add_argument("--video", required=True, help="the video to describe")
-            sub.add_argument("--out", default="", help="text file to write the caption to as well")
+            what.add_argument("--video", help="the video to describe")
+            what.add_argument("--videos", help="folder of videos to describe, one after the other")
+            sub.add_argument("--out", default="", help="text file to write the caption to as well; with --videos: {video, caption} as JSON lines")
         else:
-            sub.add_argument("--prompt", required=True, help='what to draw, for example "a red circle moving right"; '
-                             + ("empty: --caption alone says it" if mode == "generate" else "empty: anything"))
-            sub.add_argument("--out", default=f"{mode}.gif", help="video file to write (default: %(default)s)")
+            what.add_argument("--prompt", help='what to draw, for example "a red circle moving right"; '
+                              + ("empty: --caption alone says it" if mode == "generate" else "empty: anything"))
+            what.add_argument("--prompts", help="text file, a prompt a line; --out is then a folder, which gets the videos and index.jsonl")
+            sub.add_argument("--out", help=f"video file to write (default: {mode}.gif, or {mode}.mp4 for the real world)")
+            sub.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: Wan's; the toy has none)")
         if mode == "generate":
             sub.add_argument("--caption", default="", help="detailed caption for the text stream (default: the prompt)")
+        sub.add_argument("--size", type=rows_by_columns, help="rows x columns of the video, multiples of 16 (default: the world's)")
+        sub.add_argument("--frames", type=int, help="frames of the video, 4n + 1 (default: the world's)")
         sub.add_argument("--steps", type=int, help="solver steps (default: the world's)")
+        sub.add_argument("--shift", type=float, help="warp of the solver's times, above 1 = longer near noise (default: the world's)")
         sub.add_argument("--guidance", type=float, help="1 = conditional, 0 = unconditional, above 1 = exaggerated (default: the world's)")
-        sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+        sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0); sample number i of many has seed + i")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+        sub.add_argument("--dry-run", action="store_true", help="print sizes, memory and time, load no weights")
     flags = parser.parse_args(argv)
-    for name, low, high in (("steps", 1, 10000), ("guidance", -100, 100), ("seed", 0, 2**63 - 1)):
+    for name, low, high in (("steps", 1, 10000), ("guidance", -100, 100), ("seed", 0, 2**62), ("shift", 1e-3, 1e3), ("frames", 1, 10**5)):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
             parser.exit(2, f"sample.py: error: --{name} is {value}, wanted {low} to {high}\n")

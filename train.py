@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import wan
 from univigu import PRESETS, Config, UniViGU, option, uni_flow_loss
 
 STAGES = {"generator": None,      # eq. 2: the video alone
@@ -41,10 +42,10 @@ class Train:
 
     preset: str = option("toy", f"sizes of the model: {', '.join(PRESETS)}")
     recipe: str = option("default", "training choices of the text stages: 'default' (measured in the toy) or 'paper' (its clocks, output, loss and optimizer)")
-    data: str = option("toy", "the world to learn: 'toy', moving shapes drawn on the fly")
+    data: str = option("toy", "the world to learn: 'toy', moving shapes drawn on the fly, or a folder that `python -m wan.prepare` wrote")
     out: str = option("runs/toy", "folder for checkpoints, metrics.jsonl, results.json and samples")
     stages: str = option("generator,recall,refine", "which stages to run, in this order")
-    init: str = option("", "checkpoint folder whose weights the first stage starts from")
+    init: str = option("", "checkpoint whose weights the first stage starts from: a folder of train.py's, or Wan2.1 in any layout (path or hub id)")
     seed: int = option(0, "seed of the weights, the clips, the noise and the evaluation")
     batch: int = option(64, "clips per step")
     generator_steps: int = option(1600, "steps of stage generator")
@@ -64,9 +65,10 @@ class Train:
     clocks: str = option("mixture", "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)")
     p_drop: float = option(0.7, "probability that a sample's prompt is dropped where text is learned")
     anchor: float = option(0.1, "weight of the cross-entropy that keeps text latents on the embedding's rows")
+    discrete_loss: str = option("cross-entropy", "loss of the text with text_flow 'discrete': 'cross-entropy' or 'generalised-kl'")
     lambda_t: float = option(0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|")
     device: str = option("auto", "'auto', 'cpu' or 'cuda'")
-    precision: str = option("auto", "'fp32', 'bf16' autocast, or 'auto': bf16 where the hardware multiplies it fast")
+    precision: str = option("auto", "'fp32', 'bf16' autocast, or 'auto': bf16 on a GPU, fp32 on a CPU, where a small model's casts cost more than they save")
     compile: str = option("auto", "torch.compile of the blocks: 'yes', 'no', or 'auto': where a run is long enough to pay for it")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     save_every: int = option(250, "steps between checkpoints")
@@ -155,13 +157,14 @@ class Meter:
 
 # ---------------------------------------------------------------- checkpoints
 
-def save(folder, model, train, state, optimizers, meter):
+def save(folder, model, world, train, state, optimizers, meter):
     """Writes a checkpoint beside `folder`, then renames it: a folder with its final name is always complete."""
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)                                     # model.safetensors, config.json
     torch.save([o.state_dict() for o in optimizers] + [{"sums": meter.sums, "loss": meter.loss}], part / "training_state.pt")
+    (part / "world.json").write_text(json.dumps(world.state, indent=1))  # what sample.py needs to know beside the model
     (part / "train.json").write_text(json.dumps({"train": dataclasses.asdict(train), **state}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -169,6 +172,9 @@ def save(folder, model, train, state, optimizers, meter):
 
 def load(folder, config):
     """A checkpoint folder -> its model and what train.json says, if it has one. Raises ValueError unless the model is config's."""
+    if wan.is_wan(folder):
+        return wan.load(folder, **dataclasses.asdict(config)), {}
+    folder = Path(folder)
     for name in ("model.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder that train.py wrote")
@@ -219,16 +225,15 @@ def choose_device(train):
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA GPU; wanted 'cpu' or 'auto'")
-    fast_bf16 = device.type == "cuda" or any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
-    bf16 = fast_bf16 if train.precision == "auto" else train.precision == "bf16"
+    bf16 = device.type == "cuda" if train.precision == "auto" else train.precision == "bf16"
     steps = sum(getattr(train, f"{stage}_steps") for stage in train.stages.split(","))
     compile = (steps >= 1000 and bool(shutil.which("g++") or shutil.which("clang++"))) if train.compile == "auto" else train.compile == "yes"
     return device, bf16, compile
 
 
 def batches(dataset, batch, first, steps):
-    """Batches of clips number first * batch and on: the position in the data is a function of the step alone."""
-    sampler = [range(i * batch, (i + 1) * batch) for i in range(first, first + steps)]
+    """Batches number `first` and on: the position in the data is a function of the step alone."""
+    sampler = (dataset.batch(i, batch) for i in range(first, first + steps))
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda samples: samples)
 
 
@@ -260,7 +265,8 @@ def run_stage(stage, model, world, train, first, start, resumed, elapsed, bar):
         generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step)             # no hidden state: a resumed step draws the same
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             loss, parts = uni_flow_loss(model, batch["z_v"], batch[text] if text else None, batch["c"], p_drop=train.p_drop if text else 0.1,
-                                        clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None, anchor=train.anchor, generator=generator)
+                                        clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None, anchor=train.anchor,
+                                        discrete_loss=train.discrete_loss, generator=generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
         if not torch.isfinite(norm):
@@ -285,7 +291,7 @@ def run_stage(stage, model, world, train, first, start, resumed, elapsed, bar):
             logged, waited = (now, done), 0.0
         if done % train.save_every == 0 or last:
             state = {"step": done, "stage": stage, "elapsed": elapsed + time.time() - begin}
-            save(Path(train.out) / (stage if last else f"step-{done:06d}"), model, train, state, optimizers, meter)
+            save(Path(train.out) / (stage if last else f"step-{done:06d}"), model, world, train, state, optimizers, meter)
             for _, folder in [c for c in checkpoints(train.out) if c[1].name.startswith("step-")][: -train.keep]:
                 shutil.rmtree(folder)
         arrived = time.time()
@@ -349,7 +355,11 @@ def resolve(given, resume):
             if given.get(name, getattr(Train, name)) not in table:
                 raise ValueError(f"{name} is {given[name]!r}, wanted one of {', '.join(table)}")
         preset = dataclasses.asdict(PRESETS[given.get("preset", Train.preset)])
-        values = preset | RECIPES[given.get("recipe", Train.recipe)] | given
+        sizes = make_world(given.get("data", Train.data), 0).sizes
+        if wan.is_wan(given.get("init", "")):
+            fields = {f.name for f in dataclasses.fields(Config)}
+            preset = dataclasses.asdict(wan.config(given["init"], **sizes | {name: value for name, value in given.items() if name in fields}))
+        values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | given
     train = Train(**{name: value for name, value in values.items() if name in train_names})
     check(train)
     return train, Config(**{f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values})
@@ -357,8 +367,9 @@ def resolve(given, resume):
 
 def check(train):
     """Raises ValueError on a value no run can have, before any work is done."""
-    for name, allowed in dict(data=("toy",), device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
-                              clocks=("independent", "mixture"), generator_clocks=("independent", "logit-normal"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
+    for name, allowed in dict(device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
+                              clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"),
+                              generator_clocks=("independent", "logit-normal"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
     names = train.stages.split(",")
@@ -373,30 +384,25 @@ def check(train):
             raise ValueError(f"{name} is {getattr(train, name)}, wanted {low} to {high}")
 
 
-def make_world(train, config):
-    """The world to learn; raises ValueError where the model's sizes are not the world's."""
-    from toy import World
-
-    world = World(train.seed)
-    for name, found, wanted in (("in_dim", config.in_dim, world.shape[0]), ("out_dim", config.out_dim, world.shape[0]),
-                                ("vocab_size", config.vocab_size, len(world.tokenizer)), ("text_len", config.text_len, world.text_len),
-                                ("prompt_dim", config.prompt_dim, world.prompt_encoder.width)):
-        if found != wanted:
-            raise ValueError(f"{name} is {found}, but the data {train.data!r} has {wanted}")
-    if config.prompt_len < world.text_len:
-        raise ValueError(f"prompt_len is {config.prompt_len}, but the data {train.data!r} has prompts of {world.text_len}")
-    if any(size % patch for size, patch in zip(world.shape[1:], config.patch_size)):
-        raise ValueError(f"patch_size is {config.patch_size}, but the data {train.data!r} has latents of {world.shape[1:]}, wanted divisors")
-    return world
+def make_world(data, seed):
+    """The world to learn: "toy", or a folder that wan.prepare wrote."""
+    if data == "toy":
+        from toy import World
+    else:
+        if not Path(data, "manifest.json").is_file():
+            raise ValueError(f"data is {data!r}, wanted 'toy' or a folder that `python -m wan.prepare` wrote, with its manifest.json")
+        from wan.data import World
+    return World(seed=seed) if data == "toy" else World(data, seed=seed)
 
 
 def main(argv=None):
     train, config, flags = parse(argv)
     try:
-        world = make_world(train, config)
+        world = make_world(train.data, train.seed)
+        world.check(config)
         device, bf16, compile = choose_device(train)
         last = checkpoints(train.out)[-1] if flags.resume else None
-        source = last[1] if last else Path(train.init) if train.init else None
+        source = last[1] if last else train.init
         torch.manual_seed(train.seed)
         model, done = load(source, config) if source else (UniViGU(config), {})
         if not flags.resume:

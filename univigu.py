@@ -4,13 +4,14 @@ Read it top to bottom, in the order the data flows:
     Config, PRESETS      every size and choice
     path, warp           noise -> data, and the clocks
     Block, UniViGU       shared attention, one FFN expert per modality
+    EmbeddingFlow, DiscreteFlow      the text's flow: the paper's, and that of the authors' published weights
     uni_flow_loss        both flows, two independent clocks
     understand, generate, joint      the samplers: they differ only in which clock runs
 
 Symbols, the same everywhere in this repository (B batch, V vocabulary, N and d text tokens and their width, L prompt tokens):
     z_v    (B, C, F, H, W)   video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
     y      (B, N) int64      text tokens; y_hat decoded ones
-    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise
+    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise (with text_flow="discrete" the text's state is token ids, (B, N) int64)
     tau_v, tau_t  (B,)       the two clocks in [0, 1]: 0 = noise, 1 = data (Wan's clock is t = 1000 (1 - tau))
     c      (B, L, prompt_dim)  prompt embedding, zero-padded; null (zeros) = no prompt
     u_v, u_t                 the target velocity, data - noise; v_v, v_t the model's prediction of it (Wan's network gives -v_v)
@@ -57,7 +58,6 @@ class Config:
     patch_size: tuple[int, int, int] = option((1, 1, 1), "latent frames, rows and columns that one video token covers")
     freq_dim: int = option(256, "sinusoids of a clock")
     eps: float = option(1e-6, "epsilon of every norm that Wan has")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies; Wan's 10,000 is for grids of 50 tokens, a grid of 4 wants less")
     prompt_dim: int = option(64, "width of the prompt embedding c (4096 for umT5-xxl; Wan's text_dim)")
     prompt_len: int = option(16, "length c is zero-padded to (512 in Wan; Wan's text_len)")
     vocab_size: int = option(34, "V, rows of the token embedding E")
@@ -65,18 +65,17 @@ class Config:
     text_dim: int = option(64, "d, width of a text token's embedding")
     text_ffn_dim: int = option(256, "hidden width of the text expert FFN_t")
     text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of the video expert (the published weights)")
-    text_flow: str = option("embedding", "'embedding': flow matching over token embeddings, eq. 7-8")
+    text_flow: str = option("embedding", "'embedding', flow matching over token embeddings (eq. 7-8), or 'discrete', over token ids (the published weights)")
     text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper) or the data point 'x1'")
     embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal', free as in eq. 7 (they collapse)")
     text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = r / (r + s (1 - r)); 1 = the paper's")
     gate_init: float = option(0.0, "added to the random initial gates; 0 = Wan's, 1 trains faster from scratch")
-
-    qk_bias_init: float = option(0.0, "deviation of the initial q and k biases of self-attention; 0 = Wan's, 1 attends by position from the start")
+    latents: str = option("normalised", "video latents: 'normalised' per channel, as Wan's, or 'raw', as the authors' published weights want them")
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)  # JSON has lists only
-        for name, allowed in dict(text_ffn_init=("new", "copy"), text_flow=("embedding",),
-                                  text_output=("velocity", "x1"), embedding=("unit", "literal")).items():
+        for name, allowed in dict(text_ffn_init=("new", "copy"), text_flow=("embedding", "discrete"), text_output=("velocity", "x1"),
+                                  embedding=("unit", "literal"), latents=("normalised", "raw")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {allowed}")
         for f in fields(self):
@@ -90,15 +89,17 @@ class Config:
             raise ValueError(f"text_ffn_init='copy' needs text_ffn_dim = ffn_dim, found {self.text_ffn_dim} and {self.ffn_dim}")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
-        for name in ("eps", "rope_theta", "text_shift", "gate_init", "qk_bias_init"):
-            value, positive = getattr(self, name), name not in ("gate_init", "qk_bias_init")
+        if self.text_flow == "discrete" and self.text_dim != self.dim:
+            raise ValueError(f"text_flow='discrete' embeds tokens at the model's width: wanted text_dim {self.dim} (= dim), found {self.text_dim}")
+        for name in ("eps", "text_shift", "gate_init"):
+            value, positive = getattr(self, name), name != "gate_init"
             if not (0 < value < math.inf or value == 0 and not positive):
                 raise ValueError(f"{name} is {value}, wanted a finite number {'above' if positive else 'of at least'} 0")
 
 
 _WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
-    "toy": Config(text_output="x1", text_shift=4.0, rope_theta=30.0, gate_init=1.0, qk_bias_init=1.0),
+    "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
     "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
     "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
 }
@@ -117,6 +118,11 @@ def path(z0, z1, tau):
     z = (1 - tau) * z0 + tau * z1                                   # eq. 1; video: eq. 6, text: eq. 7
     u = z1 - z0                                                     # what eq. 2 regresses on
     return z, u
+
+
+def noise_like(z, generator=None):
+    """Gaussian noise shaped as z, drawn where the generator lives (the CPU by default: the same on every device)."""
+    return torch.randn(z.shape, generator=generator, device=generator.device if generator else "cpu").to(z)
 
 
 def warp(r, shift):
@@ -175,12 +181,15 @@ def sinusoid(tau, dim):
 
 # ---------------------------------------------------------------- positions
 
+ROPE_THETA = 10000.0  # Wan's base of the rotary frequencies
+
+
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # the cached angles must serve training after sampling
-def video_rope(size, head_dim, theta, device):
+def video_rope(size, head_dim, device):
     """3-D RoPE of a (F, H, W) token grid: cos and sin, (F*H*W, head_dim/2) each. Axes share the pairs as Wan's: 22/21/21 of 64."""
     widths = head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)
-    angles = [torch.arange(n, dtype=torch.float64)[:, None] * theta ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
+    angles = [torch.arange(n, dtype=torch.float64)[:, None] * ROPE_THETA ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
               for n, w in zip(size, widths)]
     (f, h, w), (a_f, a_h, a_w) = size, angles
     angle = torch.cat([a_f[:, None, None].expand(f, h, w, -1),
@@ -191,9 +200,9 @@ def video_rope(size, head_dim, theta, device):
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # the cached angles must serve training after sampling
-def text_rope(n, head_dim, theta, device):
+def text_rope(n, head_dim, device):
     """1-D RoPE of n text tokens from position 0, over the whole head: cos and sin, (n, head_dim/2) each."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequency = ROPE_THETA ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
@@ -279,7 +288,8 @@ class Head(nn.Module):
 
 # ---------------------------------------------------------------- the model
 
-class UniViGU(nn.Module, PyTorchModelHubMixin):
+class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="apache-2.0", pipeline_tag="text-to-video",
+              tags=["video-generation", "video-captioning", "flow-matching"], paper_url="https://arxiv.org/abs/2604.08121"):
     """Wan2.1's video DiT with a text stream. Parameters that Wan has keep Wan's names; the additions are TEXT_PARAMETERS."""
 
     TEXT_PARAMETERS = ("token_embedding.", "text_in.", "time_embedding_t.", "time_projection_t.", "ffn_t.", "head_t.")
@@ -297,9 +307,10 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         self.head = Head(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
 
         self.token_embedding = nn.Embedding(config.vocab_size, d)   # E
-        self.text_in = Linear(d, dim)
+        if config.text_flow == "embedding":
+            self.text_in = Linear(d, dim)
         self.time_embedding_t, self.time_projection_t = clock(), six()
-        self.head_t = Head(dim, d, eps=1e-5, affine=True)
+        self.head_t = Head(dim, d if config.text_flow == "embedding" else config.vocab_size, eps=1e-5, affine=True)
         self.init_weights()
 
     @classmethod
@@ -310,7 +321,6 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def init_weights(self):
         """Wan's initialisation, but Xavier for the prompt and clock embeddings too (at Wan's sizes its 0.02 is about that)."""
-        dim = self.config.dim
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -319,17 +329,17 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
                 nn.init.ones_(module.weight)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+            elif isinstance(module, nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)                      # unit RMS, as the noise and the video latents
+            elif isinstance(module, (Block, Head)):
+                nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
         for block in self.blocks:
-            nn.init.normal_(block.modulation, std=dim**-0.5)
             block.modulation[:, [2, 5]] += self.config.gate_init
-            for projection in (block.self_attn.q, block.self_attn.k):
-                nn.init.normal_(projection.bias, std=self.config.qk_bias_init)
         for head in (self.head, self.head_t):
-            nn.init.normal_(head.modulation, std=dim**-0.5)
             nn.init.zeros_(head.head.weight)                        # an untrained head says nothing (zero) instead of something random
-        nn.init.normal_(self.token_embedding.weight)                # unit RMS, as the noise and the video latents
 
     @torch.no_grad()
     def start_text(self):
@@ -348,12 +358,12 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         return F.normalize(E, dim=-1) * E.shape[-1] ** 0.5 if self.config.embedding == "unit" else E
 
     def embed(self, y):
-        """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d), eq. 7."""
-        return F.embedding(y, self.embedding_matrix())              # eq. 7: z_t1 = E[y]
+        """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d), eq. 7; the discrete flow moves the tokens themselves."""
+        return F.embedding(y, self.embedding_matrix()) if self.config.text_flow == "embedding" else y     # eq. 7: z_t1 = E[y]
 
     def decode(self, z_t):
         """Text latent z_t (B, N, d) -> the tokens y_hat (B, N) of largest dot product with E, eq. 8."""
-        return (z_t.float() @ self.embedding_matrix().T).argmax(-1)  # eq. 8
+        return (z_t.float() @ self.embedding_matrix().T).argmax(-1) if self.config.text_flow == "embedding" else z_t  # eq. 8
 
     # ------------------------------------------------ both velocities
 
@@ -364,8 +374,9 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
         if c is None or c.ndim != 3 or len(c) != b or c.shape[1] > cfg.prompt_len or c.shape[2] != cfg.prompt_dim:
             raise ValueError(f"c has shape {None if c is None else tuple(c.shape)}, wanted ({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
-        if z_t is not None and (z_t.ndim != 3 or len(z_t) != b or z_t.shape[2] != cfg.text_dim):
-            raise ValueError(f"z_t has shape {tuple(z_t.shape)}, wanted ({b}, N, {cfg.text_dim})")
+        last = (cfg.text_dim,) if cfg.text_flow == "embedding" else ()
+        if z_t is not None and (z_t.ndim != 2 + len(last) or len(z_t) != b or z_t.shape[2:] != last):
+            raise ValueError(f"z_t has shape {tuple(z_t.shape)}, wanted ({', '.join(map(str, (b, 'N', *last)))})")
         for name, tau in (("tau_v", tau_v), ("tau_t", tau_t if z_t is not None else tau_v)):
             if tau is None or tau.shape != (b,):
                 raise ValueError(f"{name} has shape {None if tau is None else tuple(tau.shape)}, wanted ({b},)")
@@ -374,8 +385,8 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         """Both velocities at one point of the two paths (eq. 10).
 
         z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
-        z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None.
-        Raises ValueError on shapes that do not fit.
+        z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None. In the
+        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. Raises ValueError on shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
         cfg, device = self.config, z_v.device
@@ -385,12 +396,12 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
         h = [rearrange(h_v, "b c f h w -> b (f h w) c").float()]                             # (B, n_v, dim)
         e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
         e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
-        rope = [(*video_rope(grid, head_dim, cfg.rope_theta, device), "adjacent")]
+        rope = [(*video_rope(grid, head_dim, device), "adjacent")]
         if z_t is not None:
-            h.append(self.text_in(z_t).float())                                              # (B, N, dim)
+            h.append((self.text_in(z_t) if cfg.text_flow == "embedding" else self.token_embedding(z_t)).float())  # (B, N, dim)
             e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
             e6.append(self.time_projection_t(e[1]).unflatten(1, (6, -1)))
-            rope.append((*text_rope(z_t.shape[1], head_dim, cfg.rope_theta, device), "halves"))
+            rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
         c = self.text_embedding(F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1])))            # (B, L, dim); padding is seen, as in Wan
 
         for block in self.blocks:
@@ -403,9 +414,80 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
 
     def text_velocity(self, out, z_t, tau_t):
         """The text head's output as a velocity (B, N, d); an x1 prediction implies v = (x1_hat - z_t) / max(1 - tau_t, 0.05)."""
-        if self.config.text_output == "velocity":
-            return out
+        if self.config.text_output == "velocity" or self.config.text_flow == "discrete":
+            return out                                              # the discrete flow's logits are not a velocity; they pass
         return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                    # unclamped, errors near data would be divided by 0
+
+
+# ---------------------------------------------------------------- two text flows behind one interface: noise, noisy, loss, step
+
+class EmbeddingFlow:
+    """The paper's text flow: z_t (B, N, d) travels from Gaussian noise to token embeddings, just as the video does."""
+
+    @staticmethod
+    def noise(model, like, n, generator=None):
+        """z_t0 (B, N, d) for the batch of `like`, on its device."""
+        return noise_like(like.new_empty(len(like), n, model.config.text_dim, dtype=torch.float32), generator)
+
+    @staticmethod
+    def noisy(model, y, tau_t, generator=None):
+        """Tokens y at clock tau_t -> z_t and its target velocity u_t."""
+        z_t1 = model.embed(y)                                       # (B, N, d)
+        return path(noise_like(z_t1, generator), z_t1, tau_t)       # eq. 7, eq. 9
+
+    @staticmethod
+    def loss(model, v_t, z_t, u_t, y, tau_t, anchor, kind=None):
+        """Squared velocity error and anchor cross-entropy of the token that the velocity points to, (B,) each."""
+        ce = torch.zeros_like(tau_t)
+        if anchor:
+            z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
+            logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5
+            ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
+        return (v_t - u_t).square().flatten(1).sum(1), ce
+
+    @staticmethod
+    def step(z_t, v_t, tau, after, share=None, generator=None):
+        """One Euler step from clock tau to clock after."""
+        return z_t + (after - tau) * v_t                            # eq. 16, eq. 18
+
+
+class DiscreteFlow:
+    """Discrete flow matching over token ids, the published weights' text flow (not the paper's). On its mixture path a token is clean
+    with probability tau and otherwise uniformly random; the network gives logits of the clean token (Gat et al., arXiv 2407.15595)."""
+
+    @staticmethod
+    def noise(model, like, n, generator=None):
+        """y_0 (B, N): every token uniformly random."""
+        device = generator.device if generator else "cpu"
+        return torch.randint(model.config.vocab_size, (len(like), n), generator=generator, device=device).to(like.device)
+
+    @staticmethod
+    def noisy(model, y, tau_t, generator=None):
+        """Tokens y at clock tau_t -> y_t on the mixture path, and y, the target of its logits."""
+        clean = torch.rand(y.shape, generator=generator).to(tau_t.device) < tau_t[:, None]
+        return torch.where(clean, y, DiscreteFlow.noise(model, y, y.shape[1], generator)), y
+
+    @staticmethod
+    def loss(model, logits, y_t, target, y, tau_t, anchor, kind="cross-entropy"):
+        """Per sample (B,), summed over tokens: "cross-entropy", or "generalised-kl", the bound on -log p(y). No anchor is needed."""
+        log_p = F.log_softmax(logits.float(), dim=-1)               # (B, N, V)
+        of = lambda tokens: log_p.gather(2, tokens[..., None])[..., 0]                       # (B, N)
+        if kind == "cross-entropy":
+            return -of(y).sum(1), torch.zeros_like(tau_t)
+        same, rate = (y_t == y).float(), 1 / (1 - tau_t).clamp(min=0.05)                     # a jump's rate grows without bound near data
+        return rate * (same - of(y_t).exp() - (1 - same) * of(y)).sum(1), torch.zeros_like(tau_t)
+
+    @staticmethod
+    def step(y_t, logits, tau, after, share=None, generator=None):
+        """A token is redrawn from the posterior with probability `share`; None: that of an Euler step along the mixture path."""
+        share = (after - tau) / (1 - tau) if share is None else share
+        device = generator.device if generator else logits.device
+        p = logits.float().softmax(-1).flatten(0, 1).to(device)     # (B N, V)
+        drawn = torch.multinomial(p, 1, generator=generator).view(y_t.shape).to(y_t.device)
+        return torch.where(torch.rand(y_t.shape, generator=generator, device=device).to(y_t.device) < share, drawn, y_t)
+
+
+TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
 
 
 # ---------------------------------------------------------------- training: one loss for both flows
@@ -413,9 +495,9 @@ class UniViGU(nn.Module, PyTorchModelHubMixin):
 # Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
 # clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there
 # (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
-MIXTURE = {"understand": (0.45, None),    # tau_v = 1, tau_t runs; only the text is learned
-           "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.20, 0.1),          # both run together, on the line that joint() walks at shift 1
+MIXTURE = {"understand": (0.25, None),    # tau_v = 1, tau_t runs; only the text is learned
+           "generate": (0.25, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
+           "joint": (0.35, 0.1),          # both run together, on the line that joint() walks at shift 1
            "independent": (0.15, None)}   # anywhere
 
 
@@ -445,49 +527,42 @@ def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
 
 
 def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="independent", lambda_v=1.0, lambda_t=None, anchor=0.1,
-                  generator=None):
+                  discrete_loss="cross-entropy", generator=None):
     """The uni-flow objective on one batch, eq. 6 to 11. One sample, one pair of clocks, one coin for its prompt.
 
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain video generator (eq. 2);
     c (B, <= L, prompt_dim) prompts, replaced by c_null (zeros by default) with probability p_drop per sample.
     lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the cross-entropy that keeps z_t on E's rows (0 = paper).
-    clocks: see sample_clocks; without text, "mixture" is "independent". generator: a CPU torch.Generator for clocks, coins and
+    clocks: see sample_clocks; without text, "mixture" is "independent". discrete_loss: see DiscreteFlow.loss. generator: a CPU torch.Generator for clocks, coins and
     noise. Raises ValueError for y that is not (B, N). Returns total (a scalar: eq. 11 divided by the number of
     entries of a video latent, plus the anchor) and a dict of detached parts: "video", "text" (mean squared velocity error
-    of an entry, per sample (B,), 0 where on_* is 0), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,). With y None:
+    of an entry, or the discrete loss of a token, per sample (B,), 0 where on_* is 0), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,). With y None:
     the mean of eq. 2, and "video", "tau_v", "on_v" alone.
     """
     b, device = len(z_v1), z_v1.device
-    shift = model.config.text_shift
+    text_flow, shift = TEXT_FLOWS[model.config.text_flow], model.config.text_shift
     if y is None:
         clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
     elif y.shape[:1] != (b,) or y.ndim != 2:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
     tau_v, tau_t, on_v, on_t, keep = (s.to(device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
-    noise = lambda z: torch.randn(z.shape, generator=generator).to(z)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
-    z_v, u_v = path(noise(z_v1), z_v1, tau_v)                       # eq. 6, eq. 9
+    z_v, u_v = path(noise_like(z_v1, generator), z_v1, tau_v)       # eq. 6, eq. 9
     if y is None:
         v_v, _ = model(z_v, None, tau_v, None, c)
         loss_v = (v_v - u_v).square().flatten(1).mean(1)            # eq. 2
         return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v, on_v=torch.ones_like(tau_v))
 
-    z_t1 = model.embed(y)                                           # (B, N, d)
-    z_t, u_t = path(noise(z_t1), z_t1, tau_t)                       # eq. 7, eq. 9
+    z_t, u_t = text_flow.noisy(model, y, tau_t, generator)          # eq. 7, eq. 9
     v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                     # eq. 10
     se_v = on_v * (v_v - u_v).square().flatten(1).sum(1)            # (B,) squared norms
-    se_t = on_t * (v_t - u_t).square().flatten(1).sum(1)
+    se_t, ce = (on_t * x for x in text_flow.loss(model, v_t, z_t, u_t, y, tau_t, anchor, discrete_loss))
     n_v = z_v1[0].numel() / (z_v1.shape[1] * math.prod(model.config.patch_size))             # |z_v| in tokens
     lambda_t = n_v / y.shape[1] if lambda_t is None else lambda_t   # |z_v| / |z_t|: each modality's token mean weighs the same
     flow = (lambda_v * se_v + lambda_t * se_t).mean()               # eq. 11
-    ce = torch.zeros_like(tau_t)
-    if anchor:
-        z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t           # where the velocity points
-        logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5
-        ce = on_t * F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
     total = flow / z_v1[0].numel() + anchor * ce.mean()
-    return total, dict(video=se_v.detach() / z_v1[0].numel(), text=se_t.detach() / z_t1[0].numel(), anchor=ce.detach(),
+    return total, dict(video=se_v.detach() / z_v1[0].numel(), text=se_t.detach() / u_t[0].numel(), anchor=ce.detach(),
                        tau_v=tau_v, tau_t=tau_t, on_v=on_v, on_t=on_t)
 
 
@@ -520,10 +595,6 @@ def velocities(model, state, guidance, null_v=None, null_t=None):
     return v_v, v_t
 
 
-def _noise(shape, like, generator):
-    return torch.randn(shape, generator=generator, device=generator.device if generator else "cpu").to(like.device)
-
-
 @torch.no_grad()
 def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None, generator=None, callback=None):
     """Video -> text: the video is clean (tau_v = 1) and only the text's clock runs (eq. 16).
@@ -535,12 +606,13 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     cfg, b = model.config, len(z_v)
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
     one, zero = torch.ones(b, device=z_v.device), torch.zeros(b, device=z_v.device)
-    z_t = _noise((b, length or cfg.text_len, cfg.text_dim), z_v, generator)
-    null = None if guidance == 1 else dict(z_v=_noise(z_v.shape, z_v, generator), tau_v=zero)
+    text_flow = TEXT_FLOWS[cfg.text_flow]
+    z_t = text_flow.noise(model, z_v, length or cfg.text_len, generator)
+    null = None if guidance == 1 else dict(z_v=noise_like(z_v, generator), tau_v=zero)
     grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
         _, v_t = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
-        z_t = z_t + (after - tau) * v_t                             # eq. 16
+        z_t = text_flow.step(z_t, v_t, tau, after, generator=generator)                      # eq. 16
         if callback:
             callback(i, 1.0, after, z_v, z_t)
     return model.decode(z_t)
@@ -556,11 +628,11 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     """
     b = len(c)
     one, zero = torch.ones(b, device=c.device), torch.zeros(b, device=c.device)
-    z_v = _noise((b, *shape), c, generator)
+    z_v = noise_like(c.new_empty(b, *shape, dtype=torch.float32), generator)
     z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
     null = None if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
     if null and y is not None:
-        null |= dict(z_t=_noise(z_t.shape, c, generator), tau_t=zero)
+        null |= dict(z_t=TEXT_FLOWS[model.config.text_flow].noise(model, c, y.shape[1], generator), tau_t=zero)
     grid = clock_grid(steps, shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
         v_v, _ = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=zero + tau, tau_t=tau_t, c=c), guidance, null_v=null)
@@ -574,25 +646,29 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
 def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None, length=None, generator=None, callback=None):
     """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
 
-    c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default) warp the two grids, equal
-    ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i, tau_v,
+    c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default; the discrete flow shares
+    the video's) warp the two grids, equal ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i, tau_v,
     tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N).
     """
-    cfg, b = model.config, len(c)
-    zero = torch.zeros(b, device=c.device)
-    z_v = _noise((b, *shape), c, generator)
-    z_t = _noise((b, length or cfg.text_len, cfg.text_dim), c, generator)
+    cfg, b, n = model.config, len(c), length or model.config.text_len
+    text_flow, zero = TEXT_FLOWS[cfg.text_flow], torch.zeros(b, device=c.device)
+    z_v = noise_like(c.new_empty(b, *shape, dtype=torch.float32), generator)
+    z_t = text_flow.noise(model, c, n, generator)
     null_v = null_t = None
     if guidance != 1:
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
-        null_v = dict(z_t=_noise(z_t.shape, c, generator), tau_t=zero, c=no_c)
-        null_t = dict(z_v=_noise(z_v.shape, c, generator), tau_v=zero, c=no_c)
-    grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, cfg.text_shift if text_shift is None else text_shift).tolist()
+        null_v = dict(z_t=text_flow.noise(model, c, n, generator), tau_t=zero, c=no_c)
+        null_t = dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)
+    if text_shift is None:
+        text_shift = shift if cfg.text_flow == "discrete" else cfg.text_shift
+    grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, text_shift).tolist()
     for i in range(steps):
         state = dict(z_v=z_v, z_t=z_t, tau_v=zero + grid_v[i], tau_t=zero + grid_t[i], c=c)
         v_v, v_t = velocities(model, state, guidance, null_v, null_t)
         z_v = z_v + (grid_v[i + 1] - grid_v[i]) * v_v               # eq. 18
-        z_t = z_t + (grid_t[i + 1] - grid_t[i]) * v_t               # eq. 18
+        z_t = text_flow.step(z_t, v_t, grid_t[i], grid_t[i + 1], share=i / max(1, steps - 1), generator=generator)  # eq. 18
         if callback:
             callback(i, grid_v[i + 1], grid_t[i + 1], z_v, z_t)
+    if cfg.text_flow == "discrete":                                 # its tokens were drawn one by one: a last look at all of them
+        z_t = model(z_v, z_t, zero + 1, zero + 1, c)[1].argmax(-1)
     return z_v, model.decode(z_t)

@@ -285,10 +285,10 @@ def another_world(folder):
     (remove("model.safetensors"), "model.safetensors"), (remove("config.json"), "config.json"), (remove("train.json"), "train.json"),
     (cut("model.safetensors"), "cannot be read"), (cut("config.json"), "cannot be read"), (cut("train.json"), "cannot be read"),
     (change("config.json", dim=48), "size mismatch"), (change("config.json", num_layers=2), "Missing key"), (change("config.json", num_heads=5), "num_heads 5"),
-    (change("train.json", train={}), "cannot be read"), (change("train.json", train={"data": "films"}), "'films'"),
+    (remove("world.json"), "world.json"), (change("world.json", world="films"), "'films'"),
     (drop_a_tensor, "head_t.head.bias"), (another_world, "in_dim"),
 ], ids=["no weights", "no config", "no train.json", "cut weights", "cut config", "cut train.json", "wider config", "deeper config", "impossible config",
-        "foreign train.json", "other data", "a tensor less", "weights of another world"])
+        "no world.json", "another world", "a tensor less", "weights of another world"])
 def test_a_damaged_checkpoint_is_refused(damage, word, checkpoints, refusal, work):
     folder = shutil.copytree(checkpoints / "refine", work / "copy")
     damage(folder)

@@ -223,7 +223,7 @@ def test_sinusoid_is_wans_cosines_first_of_t_from_1000_to_0():
 # ---------------------------------------------------------------- positions
 
 def test_video_rope_gives_frames_rows_columns_44_42_42_of_a_128_wide_head():
-    cos, sin = video_rope((3, 4, 5), 128, 10000.0, torch.device("cpu"))
+    cos, sin = video_rope((3, 4, 5), 128, torch.device("cpu"))
     f, h, w, i = 2, 1, 4, torch.arange(22, dtype=torch.float64)
     row = (f * 4 + h) * 5 + w
     angle = torch.cat([f * 10000 ** (-2 * i / 44), h * 10000 ** (-2 * i[:21] / 42), w * 10000 ** (-2 * i[:21] / 42)])
@@ -236,8 +236,8 @@ def test_video_rope_gives_frames_rows_columns_44_42_42_of_a_128_wide_head():
 def test_rotate_is_multiplication_by_complex_units(head_dim, pairs):
     size, n = (2, 3, 4), 24
     x = torch.randn(2, 3, n, head_dim, generator=seeded(head_dim))
-    rope, angles = ((video_rope(size, head_dim, 10000.0, x.device), video_angles(size, head_dim)) if pairs == "adjacent" else
-                    (text_rope(n, head_dim, 10000.0, x.device), text_angles(n, head_dim)))
+    rope, angles = ((video_rope(size, head_dim, x.device), video_angles(size, head_dim)) if pairs == "adjacent" else
+                    (text_rope(n, head_dim, x.device), text_angles(n, head_dim)))
     turned = rotate(x, *rope, pairs)
     for b in range(2):
         for m in range(3):
@@ -247,11 +247,11 @@ def test_rotate_is_multiplication_by_complex_units(head_dim, pairs):
 def test_rotated_products_depend_on_relative_positions_only():
     q, k = torch.randn(2, 1, 1, 1, 16, generator=seeded(0))
     everywhere = lambda x, rope, pairs: rotate(x.expand(1, 1, len(rope[0]), 16), *rope, pairs)[0, 0]
-    rope = text_rope(12, 16, 10000.0, q.device)
+    rope = text_rope(12, 16, q.device)
     scores = everywhere(q, rope, "halves") @ everywhere(k, rope, "halves").T
     assert gap(scores[2:, 2:], scores[:-2, :-2]) < 1e-5
     assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-3
-    rope = video_rope((3, 4, 5), 16, 10000.0, q.device)
+    rope = video_rope((3, 4, 5), 16, q.device)
     scores = (everywhere(q, rope, "adjacent") @ everywhere(k, rope, "adjacent").T).view(3, 4, 5, 3, 4, 5)
     assert gap(scores[1:, 2:, 3:, 1:, 2:, 3:], scores[:-1, :-2, :-3, :-1, :-2, :-3]) < 1e-5
     assert min(gap(scores[0, 0, 0, 1, 0, 0], s) for s in (scores[0, 0, 0, 0, 1, 0], scores[0, 0, 0, 0, 0, 1])) > 1e-4
@@ -288,7 +288,7 @@ def test_block_equals_wans_equations(model, with_text):
     r = lambda *shape: torch.randn(*shape, generator=g)
     grid, n, head_dim = (2, 3, 2), 5, 16
     h, e, c = [r(2, 12, 32), r(2, n, 32)], [r(2, 6, 32), r(2, 6, 32)], r(2, 6, 32)
-    rope = [(*video_rope(grid, head_dim, 10000.0, c.device), "adjacent"), (*text_rope(n, head_dim, 10000.0, c.device), "halves")]
+    rope = [(*video_rope(grid, head_dim, c.device), "adjacent"), (*text_rope(n, head_dim, c.device), "halves")]
     rotations = [(12, video_angles(grid, head_dim), "adjacent"), (n, text_angles(n, head_dim), "halves")]
     streams = 2 if with_text else 1
     with torch.no_grad():

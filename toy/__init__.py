@@ -11,10 +11,14 @@ class World:
     """What the training loop and sample.py need of a world.
 
     `codec`, `prompt_encoder`, `tokenizer`, `dataset(split)`; `shape` (C, F, H, W) of one z_v, `frame_shape` (3, T, H, W) of
-    one clip, `text_len` N; `sampling`: mode -> how it samples by default; `evaluate(...)`.
+    one clip, `text_len` N; `sampling`: mode -> how it samples by default; `check(config)`, `evaluate(...)`; `sizes`: Config
+    fields that the data decides where the preset does not; `state`: what a checkpoint stores to make this world again.
     """
 
     sampling = evaluation.SAMPLING
+    sizes = {}
+    state = {"world": "toy"}
+    fixed_size, fps, negative_prompt, read_video = True, 8, "", None  # what sample.py asks: the toy has one size, and videos as they are
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -24,6 +28,17 @@ class World:
         self.shape = self.codec.latent_shape(shapes.T, shapes.H, shapes.W)  # (C, F, H, W)
         self.frame_shape = (3, shapes.T, shapes.H, shapes.W)
         self.text_len = words.N
+
+    def check(self, config):
+        """Raises ValueError where a model's sizes are not the world's."""
+        for name, wanted in dict(in_dim=self.shape[0], out_dim=self.shape[0], vocab_size=len(self.tokenizer), text_len=self.text_len,
+                                 prompt_dim=self.prompt_encoder.width).items():
+            if getattr(config, name) != wanted:
+                raise ValueError(f"{name} is {getattr(config, name)}, but the data 'toy' has {wanted}")
+        if config.prompt_len < self.text_len:
+            raise ValueError(f"prompt_len is {config.prompt_len}, but the data 'toy' has prompts of {self.text_len}")
+        if any(size % patch for size, patch in zip(self.shape[1:], config.patch_size)):
+            raise ValueError(f"patch_size is {config.patch_size}, but the data 'toy' has latents of {self.shape[1:]}, wanted divisors")
 
     def dataset(self, split):
         """The clips of "train", "seen" or "unseen" as a Dataset. Raises ValueError for another split."""
@@ -48,6 +63,10 @@ class Shapes(Dataset):
     def clips(self, indices):
         """The true attributes and starts behind these indices, as shapes.Clips."""
         return shapes.sample(indices, self.split, self.world.seed)
+
+    def batch(self, step, size):
+        """The indices of batch number `step`: clips that no batch before it had."""
+        return range(step * size, (step + 1) * size)
 
     def __getitems__(self, indices):
         """B indices -> dict(z_v (B, C, F, H, W) float32, prompt and caption (B, N) int64, c (B, L, width) float32)."""

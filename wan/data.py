@@ -1,0 +1,230 @@
+"""The real world as the training loop sees it: clips that wan/prepare.py encoded, read from shards one tensor at a time."""
+
+import hashlib
+import json
+import math
+import time
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from univigu import understand, uni_flow_loss
+
+from .weights import read_json
+
+FORMAT = "uni-vigu clips 1"
+PAD, EOS = 0, 1  # umT5's
+FIELDS = ("z_v", "c", "prompt", "caption")  # a clip's tensors in a shard are named "LINE.FIELD", after its line of the index
+SPLITS = ("train", "val")
+
+
+def read_header(path):
+    """What a shard says of itself: dict(clips=[dict(line, video, size, z_v, cut, tokens), ...], vocabulary=[id, ...]). Raises ValueError, FileNotFoundError."""
+    try:
+        with safe_open(path, "pt") as shard:
+            header = json.loads((shard.metadata() or {}).get("clips", "{}"))
+            missing = {f"{clip['line']}.{name}" for clip in header.get("clips", ()) for name in FIELDS} - set(shard.keys())
+    except SafetensorError as error:  # safetensors compares the file's size with its header
+        raise ValueError(f"shard {path} has {path.stat().st_size} bytes and cannot be read ({error}): delete it and run wan.prepare again") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"shard {path} has format {header.get('format')!r}, wanted {FORMAT!r}")
+    if missing:
+        raise ValueError(f"shard {path} lacks {', '.join(sorted(missing))}")
+    return header
+
+
+def read_manifest(folder):
+    """manifest.json of a prepared folder. Raises FileNotFoundError or ValueError where it is missing or of another format."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, wanted a folder that wan.prepare finished")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, wanted {FORMAT!r}")
+    return manifest
+
+
+def held_out(videos):
+    """Names of videos, one a clip -> those for validation: one in 50, at least one where there are over 10, chosen by the names' hashes."""
+    names = sorted(set(videos), key=lambda video: hashlib.sha256(video.encode()).digest())
+    return set(names[:max(len(names) // 50, int(len(names) > 10))])
+
+
+@lru_cache(maxsize=64)
+def shuffle(n, *seed):
+    """A permutation of 0 .. n - 1, the same for the same seed."""
+    number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7], "big")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(number))
+
+
+class Shards(Dataset):
+    """The clips of a prepared folder. Only their places are kept in memory; a shard is mapped while a clip is read from it.
+
+    A batch is made in one go and comes out collated: a DataLoader needs a batch sampler, see `batch`, and `collate_fn=lambda batch: batch`.
+    `buckets`: the sizes "TxHxW" in pixels, `bucket` (clips,): each clip's. text_len N and prompt_len L pad the texts (default: the manifest's). Token
+    ids count through the tokens that occur in the data, in order, or, with full_vocabulary, are umT5's own.
+    Split "val" is empty where there are no more than 10 videos. Raises FileNotFoundError or ValueError for a missing, cut or foreign file, an
+    unknown split and lengths that are too short.
+    """
+
+    def __init__(self, folder, *, seed=0, split="train", text_len=None, prompt_len=None, full_vocabulary=False):
+        self.folder, self.seed, manifest = Path(folder), seed, read_manifest(folder)
+        self.text_len, self.prompt_len = text_len or manifest["text_len"], prompt_len or manifest["prompt_len"]
+        self.names, self.buckets = list(manifest["shards"]), list(manifest["buckets"])
+        self.vocabulary = None if full_vocabulary else torch.tensor(manifest["vocabulary"])
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
+        for name, found, wanted in (("text_len", self.text_len, manifest["longest"]["text"]), ("prompt_len", self.prompt_len, manifest["longest"]["c"])):
+            if found < wanted:
+                raise ValueError(f"{name} is {found}, but {self.folder} has texts of {wanted} tokens")
+        places, videos = [], []
+        for i, (name, wanted) in enumerate(manifest["shards"].items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"shard {path} does not exist, wanted {wanted['clips']} clips there")
+            if path.stat().st_size != wanted["bytes"]:
+                raise ValueError(f"shard {path} has {path.stat().st_size} bytes, wanted {wanted['bytes']}: delete it and run wan.prepare again")
+            for clip in read_header(path)["clips"]:
+                places.append((i, clip["line"], self.buckets.index("x".join(map(str, clip["size"])))))
+                videos.append(clip["video"])
+        val = held_out(videos)
+        places = [place for place, video in zip(places, videos) if (video in val) == (split == "val")]
+        self.shard, self.line, self.bucket = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        self.members = [(self.bucket == b).nonzero().flatten() for b in range(len(self.buckets))]
+
+    def __len__(self):
+        return len(self.line)
+
+    def batch(self, step, size):
+        """The `size` indices of batch number `step`, all of one bucket: a function of (seed, step, size) alone.
+
+        An epoch visits every clip once: each bucket shuffled and cut in batches, and the batches shuffled. Where a bucket's last batch is
+        not full, the first clips of its next epoch fill it up.
+        """
+        batches = [math.ceil(len(clips) / size) for clips in self.members]
+        epoch, position = divmod(step, sum(batches))
+        i, b = shuffle(sum(batches), self.seed, epoch, "batches")[position].item(), 0
+        while i >= batches[b]:
+            i, b = i - batches[b], b + 1
+        clips, n = self.members[b], len(self.members[b])
+        return [clips[shuffle(n, self.seed, epoch + k // n, b)[k % n]].item() for k in range(i * size, (i + 1) * size)]
+
+    def __getitems__(self, indices):
+        """B indices of one bucket -> dict(z_v (B, C, F, H, W) float32, prompt and caption (B, N) int64, c (B, L, width) float32)."""
+        found = {self.buckets[b] for b in self.bucket[list(indices)].tolist()}
+        if len(found) != 1:
+            raise ValueError(f"clips of one batch have sizes {', '.join(sorted(found))}, wanted one size")
+        z_v, c, prompt, caption = zip(*map(self.read, indices))
+        return {"z_v": torch.stack(z_v).float(),
+                "prompt": torch.stack([self.tokens(ids) for ids in prompt]),
+                "caption": torch.stack([self.tokens(ids) for ids in caption]),
+                "c": torch.stack([F.pad(c_i.float(), (0, 0, 0, self.prompt_len - len(c_i))) for c_i in c])}
+
+    def __getitem__(self, index):
+        """One index -> the same dict without the batch axis."""
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def read(self, index):
+        """A clip as it is stored: z_v (C, F, H, W) float16, c (its tokens, width) bfloat16, umT5's ids of prompt and caption, int32, with EOS."""
+        with safe_open(self.folder / self.names[self.shard[index]], "pt") as shard:
+            return [shard.get_tensor(f"{self.line[index]}.{name}") for name in FIELDS]
+
+    def tokens(self, ids):
+        """umT5's ids with EOS -> y (N,) int64, padded. A text of exactly N tokens has no room for EOS and goes without."""
+        ids = ids.long() if self.vocabulary is None else torch.searchsorted(self.vocabulary, ids.long())
+        return F.pad(ids[:self.text_len], (0, self.text_len - len(ids)), value=PAD) if len(ids) <= self.text_len else ids[:-1]
+
+
+class World:
+    """What the training loop and sample.py need of a world: the same face as toy.World, over a folder that wan.prepare wrote.
+
+    `dataset(split)` of "train" or "val"; `shape` (C, F, H, W) and `frame_shape` (3, T, H, W) of the most frequent size; `text_len` N. `codec`,
+    `prompt_encoder` and `tokenizer` are loaded when first used, from `wan` (default: what the data were prepared with), and refused unless they are
+    the ones that prepared the data. full_vocabulary: V is umT5's vocabulary, not just the tokens that occur in the data.
+    """
+
+    sampling = {"understand": dict(steps=50, guidance=1.0), "generate": dict(steps=50, guidance=5.0, shift=3.0),
+                "joint": dict(steps=50, guidance=5.0, shift=3.0)}
+
+    def __init__(self, folder, seed=0, wan=None, device="cpu", full_vocabulary=False):
+        self.folder, self.seed, self.device, self.full_vocabulary = Path(folder), seed, torch.device(device), full_vocabulary
+        self.manifest = read_manifest(folder)
+        self.wan, self.text_len = wan or self.manifest["wan"], self.manifest["text_len"]
+        size, bucket = max(self.manifest["buckets"].items(), key=lambda entry: entry[1]["clips"])
+        self.shape, self.frame_shape = tuple(bucket["z_v"]), (3, *map(int, size.split("x")))
+        self.vocab_size = self.manifest["vocab_size"] if full_vocabulary else len(self.manifest["vocabulary"])
+        self.datasets = {}
+
+    def dataset(self, split):
+        """The clips of "train" or "val" as Shards."""
+        if split not in self.datasets:
+            self.datasets[split] = Shards(self.folder, seed=self.seed, split=split, full_vocabulary=self.full_vocabulary)
+        return self.datasets[split]
+
+    def check(self, config):
+        """Raises ValueError, naming both values, where a model's Config does not fit the data."""
+        for name, wanted in (("in_dim", self.shape[0]), ("out_dim", self.shape[0]), ("vocab_size", self.vocab_size), ("text_len", self.text_len),
+                             ("prompt_dim", self.manifest["prompt_dim"]), ("prompt_len", self.manifest["prompt_len"])):
+            if getattr(config, name) != wanted:
+                raise ValueError(f"{name} is {getattr(config, name)}, but the data {self.folder} has {wanted}")
+        for bucket in self.manifest["buckets"].values():
+            if any(size % patch for size, patch in zip(bucket["z_v"][1:], config.patch_size)):
+                raise ValueError(f"patch_size is {config.patch_size}, but the data {self.folder} has latents of {tuple(bucket['z_v'][1:])}, wanted divisors")
+
+    @cached_property
+    def codec(self):
+        from .codec import Codec
+
+        return self.same("codec", Codec(self.wan, self.device, torch.float32, latents=self.manifest["latents"]))
+
+    @cached_property
+    def prompt_encoder(self):
+        from .codec import PromptEncoder
+
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return self.same("prompt_encoder", PromptEncoder(self.wan, self.device, dtype, length=self.manifest["prompt_len"]))
+
+    @cached_property
+    def tokenizer(self):
+        from .codec import Tokenizer
+
+        return Tokenizer(self.wan, length=self.text_len, vocabulary=None if self.full_vocabulary else self.manifest["vocabulary"])
+
+    def same(self, name, part):
+        """`part`, if it is the one that prepared the data; else ValueError."""
+        if part.fingerprint != self.manifest[name]:
+            raise ValueError(f"{name} of {self.wan} has fingerprint {part.fingerprint}, but {self.folder} was prepared with {self.manifest[name]}")
+        return part
+
+    @torch.no_grad()
+    def evaluate(self, model, out, clips, elapsed, has_text, captions=2):
+        """Held-out losses at fixed clocks and noise, and a few captions beside the true ones; prints them and writes results.json into `out`.
+
+        clips: how many at most, of split "val", or of "train" where the data are too few to have one. Losses: mean squared velocity errors, one draw of
+        independent clocks a clip, no prompt dropped. elapsed: seconds of training before. Returns results.
+        """
+        begin, device = time.time(), next(model.parameters()).device
+        split = "val" if len(self.dataset("val")) else "train"
+        data, losses = self.dataset(split), {}
+        results = {"seed": self.seed, "split": split, "clips": min(clips, len(data)), "captions": []}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            for i in range(results["clips"]):
+                batch = {name: value.to(device) for name, value in data.__getitems__([i]).items()}
+                for target in ("prompt", "caption") if has_text else (None,):
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
+                    _, parts = uni_flow_loss(model, batch["z_v"], batch.get(target), batch["c"], generator=generator)
+                    for name in ("video", "text", "anchor") if target else ("video",):
+                        losses.setdefault(f"{name} ({target})" if target else name, []).append(parts[name].item())
+                if has_text and i < captions:
+                    y_hat = understand(model, batch["z_v"], generator=torch.Generator().manual_seed(self.seed), **self.sampling["understand"])
+                    written, wanted = self.tokenizer.decode(torch.cat([y_hat, batch["caption"]]).cpu())
+                    results["captions"].append({"written": written, "wanted": wanted})
+        results["loss"] = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
+        results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
+        (Path(out) / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        print(json.dumps(results, indent=1, ensure_ascii=False))
+        return results
