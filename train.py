@@ -35,6 +35,10 @@ STAGES = {"generator": None,      # eq. 2: the video alone
 RECIPES = {"default": {}, "paper": dict(clocks="independent", text_shift=1.0, text_output="velocity", anchor=0.0,
                                         recall_optimizer="adam", refine_optimizer="adam", recall_lr=1e-3, refine_lr=1e-3)}
 
+# What data other than the toy changes: a pretrained generator is there, and the paper's settings (section 3.3) are the defaults.
+REAL = RECIPES["paper"] | dict(stages="recall,refine", batch=1, recall_steps=40_000, refine_steps=60_000, recall_lr=2e-4, refine_lr=5e-5, warmup=1000, decay=0.0,
+                               save_every=1000, eval_clips=16)
+
 
 @dataclass
 class Train:
@@ -359,7 +363,8 @@ def resolve(given, resume):
         if wan.is_wan(given.get("init", "")):
             fields = {f.name for f in dataclasses.fields(Config)}
             preset = dataclasses.asdict(wan.config(given["init"], **sizes | {name: value for name, value in given.items() if name in fields}))
-        values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | given
+        real = REAL if given.get("data", Train.data) != "toy" else {}
+        values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | real | given
     train = Train(**{name: value for name, value in values.items() if name in train_names})
     check(train)
     return train, Config(**{f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values})

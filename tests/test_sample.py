@@ -466,3 +466,48 @@ def test_help_says_what_an_empty_prompt_means(capsys):
         with pytest.raises(SystemExit):
             sample.main([mode, "--help"])
         assert words in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------- many at once, and dry runs
+
+def test_a_file_of_prompts_gives_what_the_prompts_give_one_by_one(use, work):
+    prompts = ["a red circle moving left", PROMPT, "a blue square moving up"]
+    (work / "prompts.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    said = use("joint", "--prompts", "prompts.txt", "--out", "drawn", "--steps", 2, "--seed", 5).splitlines()
+    rows = [json.loads(line) for line in (work / "drawn" / "index.jsonl").read_text().splitlines()]
+    assert rows == [{"video": f"{i:05d}.gif", "prompt": prompt, "caption": said[i]} for i, prompt in enumerate(prompts)]
+    use("joint", "--prompt", prompts[2], "--out", "one.gif", "--steps", 2, "--seed", 7)
+    assert (work / "one.gif").read_bytes() == (work / "drawn" / "00002.gif").read_bytes() != (work / "drawn" / "00000.gif").read_bytes()
+
+
+def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
+    (work / "videos").mkdir()
+    for i, name in enumerate(("b.npy", "a.mp4", "c.gif")):
+        write_video(work / "videos" / name, clips[0][i:i + 1])
+    (work / "videos" / "notes.txt").write_text("not a video")
+    said = use("understand", "--videos", "videos", "--out", "captions.jsonl")
+    assert said == (work / "captions.jsonl").read_text()
+    assert [json.loads(line)["video"] for line in said.splitlines()] == ["a.mp4", "b.npy", "c.gif"]
+
+
+@pytest.mark.parametrize("mode, flags, words", [
+    ("generate", ["--prompts", "none.txt", "--out", "x"], ["none.txt"]), ("generate", ["--prompts", "empty.txt", "--out", "x"], ["empty.txt", "empty"]),
+    ("joint", ["--prompts", "binary.txt", "--out", "x"], ["binary.txt", "UTF-8"]), ("joint", ["--prompts", "words.txt", "--out", "x"], ["'purple'"]),
+    ("generate", ["--prompts", "words.txt"], ["--out", "folder"]), ("understand", ["--videos", "none"], ["none", "folder"]),
+    ("understand", ["--videos", "."], ["no .gif, .mp4 or .npy"]), ("generate", ["--prompt", PROMPT, "--size", "32x32"], ["32x32", "24x24"]),
+    ("joint", ["--prompt", PROMPT, "--frames", 13], ["13 frames", "9 of"]), ("generate", ["--prompt", PROMPT, "--shift", 0], ["--shift is 0"]),
+])
+def test_bad_lists_and_sizes_are_refused(mode, flags, words, refusal, work):
+    (work / "empty.txt").write_text(" \n\n")
+    (work / "binary.txt").write_bytes(b"\xff\xfe\x00a red")
+    (work / "words.txt").write_text(PROMPT + "\na purple circle\n")
+    before = files(work)
+    text = refusal(mode, *flags)
+    assert all(word in text for word in words), text
+    assert files(work) == before
+
+
+def test_a_dry_run_prints_sizes_and_makes_nothing(use, work, monkeypatch):
+    monkeypatch.setattr(sample, "read_model", None)
+    text = use("joint", "--prompt", PROMPT, "--dry-run")
+    assert "48 video tokens and 16 text tokens" in text and "72 passes" in text and files(work) == []

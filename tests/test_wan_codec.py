@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: E402
 from wan import codec as module  # noqa: E402
 from wan.codec import Codec, PromptEncoder, Tokenizer, clean  # noqa: E402
 
+VAE_CONFIG, UMT5_CONFIG = "vae/config.json", "text_encoder/config.json"
 VAE, UMT5, WORDS = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"
 TEXTS = ["a red square moves slowly across the sky", "", "night", "the small dog, 3 cats & a bird: \"under the tree\" at 7.30 [static shot]"]
 
@@ -217,7 +218,9 @@ def test_prompts_that_do_not_fit_are_refused(encoder):
 
 @pytest.mark.parametrize("text, wanted", [
     ("  a\t b\n\nc  ", "a b c"), ("", ""), (" \n", ""), ("caf\u00c3\u00a9", "café"), ("&amp;lt;b&amp;gt;", "<b>"), ("Tom &amp; Jerry", "Tom & Jerry"),
-    ("\u201cquoted\u201d \u2018it\u2019s\u2019", "\"quoted\" 'it's'"), ("wide\u3000space\u00a0here", "wide space here"), ("ﬁne", "fine"), ("一只猫。", "一只猫。"),
+    ("<i> &amp;amp;quot;", "<i> &quot;"), ("<i> &amp;quot;", '<i> "'),
+    ("\u201cquoted\u201d \u2018it\u2019s\u2019", "\"quoted\" 'it's'"),
+    ("wide\u3000space\u00a0here", "wide space here"), ("ﬁne", "fine"), ("一只猫。", "一只猫。"),
 ])
 def test_texts_are_cleaned_as_diffusers_does(text, wanted):
     assert clean(text) == wanted == prompt_clean(text)
@@ -297,18 +300,19 @@ def test_fingerprints_are_of_config_and_weights_and_nothing_else(wan, copy, tmp_
     assert codec == Codec(copy, dtype=torch.bfloat16).fingerprint and encoder == PromptEncoder(str(copy), dtype=torch.bfloat16).fingerprint
     assert codec != Codec(write_wan_folder(tmp_path / "other", seed=5)).fingerprint
     edit_json(copy / "vae/config.json", _diffusers_version="0.1", _name_or_path="elsewhere")
-    edit_json(copy / "text_encoder/config.json", transformers_version="4.0")
     umt5 = UMT5EncoderModel.from_pretrained(copy / "text_encoder")
     (copy / "text_encoder/model.safetensors").unlink()
     umt5.save_pretrained(copy / "text_encoder", max_shard_size="40KB")
+    edit_json(copy / "text_encoder/config.json", transformers_version="4.0", torch_dtype="float16", dtype="float16")
     assert len(list((copy / "text_encoder").glob("*.safetensors"))) > 1
     assert codec == Codec(copy).fingerprint and encoder == PromptEncoder(copy).fingerprint
 
 
 @pytest.mark.parametrize("part, change", [
-    (Codec, lambda f: edit_weight(f / "vae/diffusion_pytorch_model.safetensors")), (Codec, lambda f: edit_json(f / "vae/config.json", latents_std=[2.0] * 16)),
-    (PromptEncoder, lambda f: edit_weight(f / "text_encoder/model.safetensors")), (PromptEncoder, lambda f: edit_json(f / "text_encoder/config.json", num_heads=4, dropout_rate=0.2)),
-    (PromptEncoder, lambda f: (f / "tokenizer/tokenizer.json").write_text((f / "tokenizer/tokenizer.json").read_text().replace("-4.0", "-4.5"))),
+    (Codec, lambda f: edit_weight(f / VAE)), (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_std=[2.0] * 16)),
+    (PromptEncoder, lambda f: edit_weight(f / UMT5)),
+    (PromptEncoder, lambda f: edit_json(f / UMT5_CONFIG, dropout_rate=0.2)),
+    (PromptEncoder, lambda f: (f / WORDS).write_text((f / WORDS).read_text().replace("-4.0", "-4.5"))),
 ], ids=["VAE's weights", "VAE's config", "umT5's weights", "umT5's config", "tokenizer"])
 def test_fingerprints_change_with_what_they_stand_for(copy, part, change):
     before = part(copy).fingerprint
@@ -336,18 +340,24 @@ def poison(path):
 
 
 DAMAGE = [
-    (Codec, lambda f: shutil.rmtree(f / "vae"), "no folder vae diffusers"), (PromptEncoder, lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder"),
-    (Tokenizer, lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer"), (PromptEncoder, lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer"),
-    (Codec, lambda f: (f / VAE).unlink(), "vae lacks diffusion_pytorch_model.safetensors"), (Codec, lambda f: os.truncate(f / VAE, 9999), VAE + " cannot be read"),
-    (Codec, lambda f: os.truncate(f / VAE, 0), VAE + " cannot be read"), (Codec, lambda f: (f / "vae/config.json").unlink(), "vae lacks config.json"),
-    (Codec, lambda f: (f / "vae/config.json").write_text("{"), "vae"), (Codec, lambda f: edit_json(f / "vae/config.json", base_dim=8), "vae AutoencoderKLWan"),
-    (Codec, lambda f: drop_tensor(f / VAE), "vae missing keys"), (Codec, lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0]), "latents_mean wanted 16"),
-    (Codec, lambda f: edit_json(f / "vae/config.json", latents_std=[0.0] * 16), "latents_std above 0"),
-    (PromptEncoder, lambda f: (f / UMT5).unlink(), "text_encoder lacks model.safetensors"), (PromptEncoder, lambda f: os.truncate(f / UMT5, 50000), UMT5 + " cannot be read"),
+    (Codec, lambda f: shutil.rmtree(f / "vae"), "no folder vae diffusers"),
+    (PromptEncoder, lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder"),
+    (Tokenizer, lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer"),
+    (PromptEncoder, lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer"),
+    (Codec, lambda f: (f / VAE).unlink(), "vae lacks diffusion_pytorch_model.safetensors"),
+    (Codec, lambda f: os.truncate(f / VAE, 9999), VAE + " cannot be read"),
+    (Codec, lambda f: os.truncate(f / VAE, 0), VAE + " cannot be read"), (Codec, lambda f: (f / VAE_CONFIG).unlink(), "vae lacks config.json"),
+    (Codec, lambda f: (f / VAE_CONFIG).write_text("{"), "vae"), (Codec, lambda f: edit_json(f / VAE_CONFIG, base_dim=8), "vae AutoencoderKLWan"),
+    (Codec, lambda f: drop_tensor(f / VAE), "vae missing keys"), (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_mean=[0.0]), "latents_mean wanted 16"),
+    (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_std=[0.0] * 16), "latents_std above 0"),
+    (Codec, lambda f: AutoencoderKLWan(base_dim=4, temperal_downsample=[False, False, True]).save_pretrained(f / "vae"), "temperal_downsample two"),
+    (PromptEncoder, lambda f: (f / UMT5).unlink(), "text_encoder lacks model.safetensors"),
+    (PromptEncoder, lambda f: os.truncate(f / UMT5, 50000), UMT5 + " cannot be read"),
     (PromptEncoder, lambda f: drop_tensor(f / UMT5), "text_encoder missing keys shared.weight"),
-    (PromptEncoder, lambda f: edit_json(f / "text_encoder/config.json", d_ff=64), "text_encoder UMT5EncoderModel"),
+    (PromptEncoder, lambda f: edit_json(f / UMT5_CONFIG, d_ff=64), "text_encoder UMT5EncoderModel"),
     (PromptEncoder, lambda f: add_tokens(f / WORDS), "text_encoder knows tokens but its tokenizer has"),
-    (Tokenizer, lambda f: (f / WORDS).unlink(), "tokenizer lacks tokenizer.json"), (Tokenizer, lambda f: os.truncate(f / WORDS, 500), WORDS + " cannot be read"),
+    (Tokenizer, lambda f: (f / WORDS).unlink(), "tokenizer lacks tokenizer.json"),
+    (Tokenizer, lambda f: os.truncate(f / WORDS, 500), WORDS + " cannot be read"),
     (Tokenizer, lambda f: (f / WORDS).write_text((f / WORDS).read_text().replace("<pad>", "<nil>")), WORDS + " <pad> None wanted 0"),
 ]
 

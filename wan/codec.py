@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("wan needs requirements-wan.txt: pip install -r requirements-wan.txt") from None
 
+STRIDE_T = 4  # frames of a latent; diffusers' encode has it built in
 WRITTEN_BY = ("transformers_version", "dtype", "torch_dtype")  # keys of a config.json that change when it is written again
 
 
@@ -47,8 +48,9 @@ class Codec:
             self.vae.enable_tiling()
         config = self.vae.config
         self.channels = config.z_dim
-        self.stride_t = 2 ** sum(config.temperal_downsample)                                            # Wan: 4
         self.stride = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)                        # Wan: 8
+        if 2 ** sum(config.temperal_downsample) != STRIDE_T:
+            raise ValueError(f"{self.folder / 'config.json'} has temperal_downsample {config.temperal_downsample}, wanted two that are true")
         if len(config.latents_mean) != self.channels or len(config.latents_std) != self.channels or not min(config.latents_std) > 0:
             raise ValueError(f"{self.folder / 'config.json'} has latents_mean {config.latents_mean} and latents_std {config.latents_std}, "
                              f"wanted {self.channels} of each, deviations above 0")
@@ -62,11 +64,11 @@ class Codec:
 
     def latent_shape(self, frames, height, width):
         """(C, F, H, W) of z_v for a video of this many frames and pixels. Raises ValueError unless whole latents, 2 x 2 of them a token, cover it."""
-        if frames < 1 or frames % self.stride_t != 1:
-            raise ValueError(f"video has {frames} frames, wanted {self.stride_t}n + 1 (1, {self.stride_t + 1}, {2 * self.stride_t + 1}, ...)")
+        if frames < 1 or frames % STRIDE_T != 1:
+            raise ValueError(f"video has {frames} frames, wanted {STRIDE_T}n + 1 (1, 5, 9, ...)")
         if min(height, width) < 1 or height % (2 * self.stride) or width % (2 * self.stride):
             raise ValueError(f"video has {height} x {width} pixels, wanted multiples of {2 * self.stride}")
-        return self.channels, 1 + frames // self.stride_t, height // self.stride, width // self.stride
+        return self.channels, 1 + frames // STRIDE_T, height // self.stride, width // self.stride
 
     def encode(self, frames):
         """frames (B, 3, T, H, W) in [-1, 1] -> z_v (B, C, F, H/8, W/8) float32: the posterior's mean, not a sample.
@@ -91,7 +93,7 @@ class Codec:
         mu = z_v.float() * self.std.to(z_v.device) + self.mean.to(z_v.device)
         with at_work(self.vae, self.device, self.offload):
             frames = self.vae.decode(mu.to(self.device, self.vae.dtype)).sample                         # (B, 3, T, H, W)
-        return finite(frames, self.folder).to(z_v.device).clamp(-1, 1)
+        return finite(frames, self.folder).to(z_v.device)
 
 
 class PromptEncoder:
@@ -245,8 +247,8 @@ def digest(folder, tensors, more=b""):
 @contextmanager
 def at_work(module, device, offload):
     """The module on its device, in its own precision, without gradients; back on the CPU afterwards, with offload."""
-    module.to(device)
     try:
+        module.to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:

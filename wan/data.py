@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
@@ -20,6 +21,9 @@ FORMAT = "uni-vigu clips 1"
 PAD, EOS = 0, 1  # umT5's
 FIELDS = ("z_v", "c", "prompt", "caption")  # a clip's tensors in a shard are named "LINE.FIELD", after its line of the index
 SPLITS = ("train", "val")
+# The default of Wan2.1's own sampler: oversaturated, overexposed, static, blurred, subtitles, ... deformed hands, walking backwards.
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+                   "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
 
 def read_header(path):
@@ -144,9 +148,11 @@ class World:
 
     `dataset(split)` of "train" or "val"; `shape` (C, F, H, W) and `frame_shape` (3, T, H, W) of the most frequent size; `text_len` N. `codec`,
     `prompt_encoder` and `tokenizer` are loaded when first used, from `wan` (default: what the data were prepared with), and refused unless they are
-    the ones that prepared the data. full_vocabulary: V is umT5's vocabulary, not just the tokens that occur in the data.
+    the ones that prepared the data. full_vocabulary: V is umT5's vocabulary, not just the tokens that occur in the data. `sizes`: Config fields
+    that the data decide; `state`: what a checkpoint stores to make this world again without the data, see `restore`.
     """
 
+    fixed_size, fps, negative_prompt = False, 16, NEGATIVE_PROMPT
     sampling = {"understand": dict(steps=50, guidance=1.0), "generate": dict(steps=50, guidance=5.0, shift=3.0),
                 "joint": dict(steps=50, guidance=5.0, shift=3.0)}
 
@@ -159,6 +165,40 @@ class World:
         self.vocab_size = self.manifest["vocab_size"] if full_vocabulary else len(self.manifest["vocabulary"])
         self.datasets = {}
 
+    @property
+    def sizes(self):
+        return dict(vocab_size=self.vocab_size, text_len=self.text_len)
+
+    @property
+    def state(self):
+        kept = ("codec", "prompt_encoder", "prompt_len", "prompt_dim", "latents", "text_len", "vocab_size")
+        return {"world": "wan", "wan": str(self.wan), "shape": self.shape, "frame_shape": self.frame_shape,
+                "vocabulary": None if self.full_vocabulary else self.manifest["vocabulary"], **{name: self.manifest[name] for name in kept}}
+
+    @classmethod
+    def restore(cls, state, device="cpu"):
+        """The world of a checkpoint, without its data: codec, prompt encoder and tokenizer. state: `wan`, `latents`, `text_len`, `prompt_len`,
+        `vocabulary` (None: all of umT5's); `shape` and `frame_shape` (default: 81 frames of 480 x 832); `codec` and `prompt_encoder`, fingerprints to insist on."""
+        world = cls.__new__(cls)
+        world.manifest, world.wan, world.device, world.text_len = state, state["wan"], torch.device(device), state["text_len"]
+        world.full_vocabulary = state["vocabulary"] is None
+        world.shape, world.frame_shape = tuple(state.get("shape", (16, 21, 60, 104))), tuple(state.get("frame_shape", (3, 81, 480, 832)))
+        return world
+
+    def read_video(self, path, size):
+        """A video file -> frames (1, 3, T, H, W) in [-1, 1], retimed, resized and cropped as the training data; size: (T, H, W). Raises as decode."""
+        from .prepare import DEMUXERS, read_clip
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"video {path} does not exist")
+        if Path(path).suffix.lower() not in DEMUXERS:
+            raise ValueError(f"video {path} ends in {Path(path).suffix!r}, wanted one of {', '.join(DEMUXERS)}")
+        try:
+            frames, _ = read_clip(Path(path), [size[1:]], size[0], size[0])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"video {path} cannot be read: {error}") from None
+        return rearrange(torch.from_numpy(frames), "t h w rgb -> 1 rgb t h w").float() / 127.5 - 1
+
     def dataset(self, split):
         """The clips of "train" or "val" as Shards."""
         if split not in self.datasets:
@@ -168,7 +208,7 @@ class World:
     def check(self, config):
         """Raises ValueError, naming both values, where a model's Config does not fit the data."""
         for name, wanted in (("in_dim", self.shape[0]), ("out_dim", self.shape[0]), ("vocab_size", self.vocab_size), ("text_len", self.text_len),
-                             ("prompt_dim", self.manifest["prompt_dim"]), ("prompt_len", self.manifest["prompt_len"])):
+                             ("prompt_dim", self.manifest["prompt_dim"]), ("prompt_len", self.manifest["prompt_len"]), ("latents", self.manifest["latents"])):
             if getattr(config, name) != wanted:
                 raise ValueError(f"{name} is {getattr(config, name)}, but the data {self.folder} has {wanted}")
         for bucket in self.manifest["buckets"].values():
@@ -179,14 +219,14 @@ class World:
     def codec(self):
         from .codec import Codec
 
-        return self.same("codec", Codec(self.wan, self.device, torch.float32, latents=self.manifest["latents"]))
+        return self.same("codec", Codec(self.wan, self.device, torch.float32, latents=self.manifest["latents"], offload=True))
 
     @cached_property
     def prompt_encoder(self):
         from .codec import PromptEncoder
 
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return self.same("prompt_encoder", PromptEncoder(self.wan, self.device, dtype, length=self.manifest["prompt_len"]))
+        return self.same("prompt_encoder", PromptEncoder(self.wan, self.device, dtype, length=self.manifest["prompt_len"], offload=True))
 
     @cached_property
     def tokenizer(self):
@@ -196,8 +236,8 @@ class World:
 
     def same(self, name, part):
         """`part`, if it is the one that prepared the data; else ValueError."""
-        if part.fingerprint != self.manifest[name]:
-            raise ValueError(f"{name} of {self.wan} has fingerprint {part.fingerprint}, but {self.folder} was prepared with {self.manifest[name]}")
+        if name in self.manifest and part.fingerprint != self.manifest[name]:
+            raise ValueError(f"{name} of {self.wan} has fingerprint {part.fingerprint}, but the data were prepared with {self.manifest[name]}")
         return part
 
     @torch.no_grad()

@@ -1,0 +1,159 @@
+"""The whole real path on a tiny random Wan: prepare, train recall and refine from the loaded generator, sample the three modes from and to files."""
+
+import json
+import time
+
+import pytest
+
+for module in ("diffusers", "transformers", "av", "ftfy"):
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
+
+import av  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from tiny_wan import write_clip, write_wan_folder  # noqa: E402
+
+import wan  # noqa: E402
+from univigu import UniViGU  # noqa: E402
+from wan import prepare  # noqa: E402
+
+SIZE = ["--size", "32x48", "--frames", "9", "--steps", "3"]
+PROMPTS = ["a red ball moves right", "a blue box moves up", "a green cat"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """The folder in which the path was walked once: wan, videos, data, run."""
+    root, begin = tmp_path_factory.mktemp("path"), time.time()
+    write_wan_folder(root / "wan")
+    (root / "videos").mkdir()
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        write_clip(root / "videos" / f"{i}.mp4", seed=i)
+        rows.append({"video": f"{i}.mp4", "prompt": prompt, "caption": prompt + " on a dark background with a static camera"})
+    (root / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.main(["--videos", str(root / "videos"), "--index", str(root / "index.jsonl"), "--out", str(root / "data"), "--wan", str(root / "wan"),
+                  "--frames", "9", "--sizes", "32x48", "--caption-tokens", "4-40"])
+    train.main(["--data", str(root / "data"), "--init", str(root / "wan"), "--out", str(root / "run"), "--recall-steps", "3", "--refine-steps", "4",
+                "--batch", "2", "--log-every", "1", "--warmup", "0"])
+    (root / "seconds").write_text(str(time.time() - begin))
+    return root
+
+
+def use(capsys, *flags):
+    sample.main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as end:
+        sample.main([str(flag) for flag in flags])
+    found = capsys.readouterr()
+    text = (str(end.value.code) if isinstance(end.value.code, str) else found.err).strip()
+    assert end.value.code not in (0, None) and text.startswith("sample.py: error: ") and "\n" not in text
+    return text
+
+
+def frames_of(path):
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)], file.streams.video[0].average_rate
+
+
+def test_stages_start_from_the_generator_and_move_every_text_parameter(path):
+    lines = [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["recall"] * 3 + ["refine"] * 4
+    recall, start = UniViGU.from_pretrained(path / "run" / "recall"), wan.load(path / "wan")
+    moved = {name for name, p in recall.named_parameters() if name in dict(start.named_parameters()) and p.shape == start.get_parameter(name).shape
+             and not p.equal(start.get_parameter(name))}
+    assert {"patch_embedding.weight", "blocks.0.ffn.0.weight", "blocks.1.ffn_t.2.weight", "head_t.head.weight"} <= moved
+    largest = max((recall.get_parameter(name) - p).abs().max().item() for name, p in start.named_parameters() if not UniViGU.is_text(name))
+    assert 0 < largest < 0.01                                                               # three steps of 2e-4: it is still Wan
+
+
+def test_the_run_uses_the_papers_settings_and_the_vocabulary_of_the_data(path):
+    stored = json.loads((path / "run" / "refine" / "train.json").read_text())["train"]
+    assert (stored["clocks"], stored["anchor"], stored["recall_optimizer"], stored["recall_lr"], stored["refine_lr"]) == ("independent", 0.0, "adam", 2e-4, 5e-5)
+    config = json.loads((path / "run" / "refine" / "config.json").read_text())
+    manifest, world = (json.loads((path / name).read_text()) for name in ("data/manifest.json", "run/refine/world.json"))
+    assert config["vocab_size"] == len(manifest["vocabulary"]) == len(world["vocabulary"]) < 60
+    results = json.loads((path / "run" / "results.json").read_text())
+    assert results["clips"] == 3 and results["loss"]["video (caption)"] > 0 and len(results["captions"]) == 2
+
+
+@pytest.mark.parametrize("checkpoint", ["run/recall", "run/refine"])
+def test_three_modes_from_and_to_files(path, checkpoint, tmp_path, capsys):
+    here = ["--checkpoint", path / checkpoint, *SIZE]
+    use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn.mp4")
+    sizes, fps = frames_of(tmp_path / "drawn.mp4")
+    assert sizes == [(32, 48, 3)] * 9 and fps == 16
+    caption = use(capsys, "joint", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "both.mp4")
+    assert frames_of(tmp_path / "both.mp4")[0] == sizes and caption.endswith("\n") and caption.count("\n") == 1
+    said = use(capsys, "understand", *here, "--video", path / "videos" / "0.mp4", "--out", tmp_path / "said.txt")
+    assert said == (tmp_path / "said.txt").read_text()
+    assert said == use(capsys, "understand", *here, "--video", path / "videos" / "0.mp4")  # the same seed
+
+
+def test_many_prompts_and_a_folder_of_videos(path, tmp_path, capsys):
+    here = ["--checkpoint", path / "run" / "refine", *SIZE]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    use(capsys, "generate", *here, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "drawn")
+    rows = [json.loads(line) for line in (tmp_path / "drawn" / "index.jsonl").read_text().splitlines()]
+    assert rows == [{"video": f"{i:05d}.mp4", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    assert all(len(frames_of(tmp_path / "drawn" / row["video"])[0]) == 9 for row in rows)
+    use(capsys, "understand", *here, "--videos", tmp_path / "drawn", "--out", tmp_path / "captions.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [row["video"] for row in rows] == [f"{i:05d}.mp4" for i in range(3)] and all(isinstance(row["caption"], str) for row in rows)
+
+
+def test_wan_itself_draws_but_does_not_describe(path, tmp_path, capsys):
+    here = ["--checkpoint", path / "wan", *SIZE]
+    use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn.mp4")
+    assert len(frames_of(tmp_path / "drawn.mp4")[0]) == 9
+    assert "knows no text" in refused(capsys, "understand", *here, "--video", path / "videos" / "0.mp4")
+    assert "knows no text" in refused(capsys, "joint", *here, "--prompt", "a cat")
+
+
+def test_the_negative_prompt_is_what_guidance_leads_away_from(path, tmp_path, capsys):
+    here = ["generate", "--checkpoint", path / "wan", *SIZE, "--prompt", PROMPTS[0], "--out"]
+    use(capsys, *here, tmp_path / "a.npy")
+    use(capsys, *here, tmp_path / "b.npy", "--negative-prompt", "a white dog")
+    use(capsys, *here, tmp_path / "c.npy", "--negative-prompt", wan.World.negative_prompt)
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.npy", "b.npy", "c.npy"))
+    assert a == c != b
+
+
+def test_dry_run_reads_no_weights(path, capsys, monkeypatch):
+    monkeypatch.setattr(wan, "load", None)
+    text = use(capsys, "generate", "--checkpoint", path / "wan", "--prompt", "a cat", "--dry-run", "--size", "480x832", "--frames", "81")
+    assert "32,760 video tokens" in text and "minutes" in text and "GB" in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["generate", "--prompt", "a cat", "--frames", "10"], ["10 frames", "4n + 1"]),
+    (["generate", "--prompt", "a cat", "--size", "30x48"], ["30x48", "16"]),
+    (["generate", "--prompt", "a cat " * 400], ["800 tokens", "128"]),
+    (["generate", "--prompts", "nothing.txt", "--out", "x"], ["nothing.txt"]),
+    (["understand", "--video", "nothing.mp4"], ["nothing.mp4", "does not exist"]),
+    (["understand", "--videos", "nothing"], ["nothing"]),
+], ids=["frames", "size", "long prompt", "no prompts", "no video", "no videos"])
+def test_bad_input_is_one_clear_line(path, flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = refused(capsys, *flags, "--checkpoint", path / "run" / "refine", *([] if "--size" in flags or "--frames" in flags else SIZE))
+    assert all(word in text for word in words), text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_video_is_refused_with_its_number_of_frames(path, tmp_path, capsys):
+    write_clip(tmp_path / "short.mp4", frames=5)
+    text = refused(capsys, "understand", "--checkpoint", path / "run" / "refine", *SIZE, "--video", tmp_path / "short.mp4")
+    assert "too short" in text and "wanted 9" in text
+
+
+def test_data_of_another_size_are_refused(path, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", str(path / "data"), "--out", str(tmp_path / "run")])             # the toy's preset, without --init
+    assert "in_dim is 24" in str(end.value.code) and "has 16" in str(end.value.code)
+
+
+def test_the_path_takes_under_two_minutes(path):
+    assert float((path / "seconds").read_text()) < 120
