@@ -38,3 +38,14 @@ def test_a_short_run_learns_to_read_and_draw(tmp_path, capsys):
         assert results["generation"]["attribute_accuracy" + split] > results["chance"]["generation"]["attribute_accuracy" + split] + 0.15
         assert results["joint"]["agreement" + split] > results["chance"]["joint"]["agreement" + split] + 0.1
     assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["cross-entropy", "generalised-kl"])
+def test_the_discrete_flow_learns_to_read_too(loss, tmp_path, capsys):
+    train.main(["--out", str(tmp_path), "--text-flow", "discrete", "--discrete-loss", loss, "--generator-steps", "50", "--recall-steps", "50",
+                "--refine-steps", "350", "--eval-clips", "128"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    print(capsys.readouterr().out[-1500:])
+    for split in ("", "_unseen"):
+        assert results["understanding"]["attribute_accuracy" + split] > results["chance"]["understanding"]["attribute_accuracy" + split] + 0.2

@@ -506,7 +506,7 @@ def some_velocity(z_v, z_t, tau_v, tau_t, c):
 @pytest.mark.parametrize("clocks, anchor, lambda_v, lambda_t, text_shift", [
     ("independent", 0.0, 1.0, None, 1.0), ("independent", 0.1, 0.7, 2.5, 3.0), ("mixture", 0.2, 1.0, None, 4.0), ("mixture", 0.0, 0.0, 1.0, 1.0)])
 def test_loss_equals_a_double_loop_over_samples_and_entries(clocks, anchor, lambda_v, lambda_t, text_shift):
-    b, spy = 12, Spy(some_velocity, text_shift=text_shift, patch_size=(1, 2, 3))
+    b, spy = 24, Spy(some_velocity, text_shift=text_shift, patch_size=(1, 2, 3))
     z_v1, y, c = data(b)
     total, parts = uni_flow_loss(spy, z_v1, y, c, clocks=clocks, anchor=anchor, lambda_v=lambda_v, lambda_t=lambda_t, generator=seeded(4))
     (z_v, z_t, tau_v, tau_t, _), z_t1 = spy.calls[0], spy.E[y]

@@ -16,13 +16,14 @@ GROUP = "L b a Ly Lx by ay bx ax Lyx Lyy byx ayx Lxx byy Lt ayy axx bxx Lyxx Lyy
 
 COLOUR_AXES = {"L": (1, 1, 1), "a": (1, -1, 0), "b": (1, 1, -2)}
 
-# z_v = projection / SCALE. Every hue and shade has its opposite, so the training clips' means are zero. One scale for all
-# channels, so that fine ones stay weak and a flow settles them last; only the background's lightness, which alone would
-# hold nine tenths of the energy, is divided by four. Overall RMS is 1.
+# z_v = projection * weight / UNIT. Every hue and shade has its opposite, so the training clips' means are zero. One unit for
+# all channels, so that fine ones stay weak and a flow settles them last, with two exceptions: the background's lightness,
+# which alone would hold nine tenths of the energy, is divided by four, and what changes within a group of frames, without
+# which speed is seen too late, counts three times. Overall RMS is about 1.
 DEVIATION = torch.tensor([15.7, 2.9, 2.8, 1.95, 1.9, 1.5, 1.5, 1.5, 1.45, 1.1, 0.85, 0.8,
                           0.75, 0.73, 0.6, 0.57, 0.56, 0.55, 0.55, 0.55, 0.5, 0.5, 0.47, 0.45])
-WEIGHT = torch.tensor([1 / 4] + [1.0] * 23)
-SCALE = (DEVIATION * WEIGHT).square().mean().sqrt() / WEIGHT
+WEIGHT = torch.tensor([[1 / 4 if name == "L" else 3.0 if "t" in name else 1.0 for name in names] for names in (FIRST, GROUP)])
+UNIT = (DEVIATION * WEIGHT[0]).square().mean().sqrt()
 
 
 def cosines(n):
@@ -69,6 +70,11 @@ class Codec:
             raise ValueError(f"video has {height} x {width} pixels, wanted multiples of {STRIDE}")
         return self.channels, 1 + frames // STRIDE_T, height // STRIDE, width // STRIDE
 
+    def scale(self, z_v):
+        """What z_v (B, C, F, H, W) was divided by: (C, F, 1, 1)."""
+        first, group = (UNIT / WEIGHT).to(z_v)
+        return torch.stack([first] + [group] * (z_v.shape[2] - 1), 1)[..., None, None]
+
     def encode(self, frames):
         """frames (B, 3, 1 + 4n, 6H, 6W) -> z_v (B, C, 1 + n, H, W), overall RMS about 1 on training clips.
 
@@ -80,7 +86,7 @@ class Codec:
         first = to_cells(frames[:, :, :1], 1) @ self.first.T.to(frames)                                 # (B, 1, H, W, C)
         rest = to_cells(frames[:, :, 1:], STRIDE_T) @ self.group.T.to(frames)                           # (B, n, H, W, C)
         z_v = rearrange(torch.cat([first, rest], 1), "b f h w c -> b c f h w")                          # (B, C, F, H, W)
-        return z_v / SCALE.to(z_v).view(-1, 1, 1, 1)
+        return z_v / self.scale(z_v)
 
     def decode(self, z_v):
         """z_v (B, C, 1 + n, H, W) -> frames (B, 3, 1 + 4n, 6H, 6W), clamped to [-1, 1].
@@ -89,7 +95,7 @@ class Codec:
         """
         if z_v.ndim != 5 or z_v.shape[1] != self.channels:
             raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {self.channels}, F, H, W)")
-        z_v = z_v * SCALE.to(z_v).view(-1, 1, 1, 1)
+        z_v = z_v * self.scale(z_v)
         cells = rearrange(z_v, "b c f h w -> b f h w c")                                                # (B, F, H, W, C)
         first = from_cells(cells[:, :1] @ self.first.to(z_v) / STRIDE_T, 1)                             # (B, 3, 1, 6H, 6W)
         rest = from_cells(cells[:, 1:] @ self.group.to(z_v), STRIDE_T)                                  # (B, 3, 4n, 6H, 6W)

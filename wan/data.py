@@ -181,7 +181,7 @@ class World:
         `vocabulary` (None: all of umT5's); `shape` and `frame_shape` (default: 81 frames of 480 x 832); `codec` and `prompt_encoder`, fingerprints to insist on."""
         world = cls.__new__(cls)
         world.manifest, world.wan, world.device, world.text_len = state, state["wan"], torch.device(device), state["text_len"]
-        world.full_vocabulary = state["vocabulary"] is None
+        world.folder, world.full_vocabulary = "its checkpoint's data", state["vocabulary"] is None
         world.shape, world.frame_shape = tuple(state.get("shape", (16, 21, 60, 104))), tuple(state.get("frame_shape", (3, 81, 480, 832)))
         return world
 
@@ -237,7 +237,7 @@ class World:
     def same(self, name, part):
         """`part`, if it is the one that prepared the data; else ValueError."""
         if name in self.manifest and part.fingerprint != self.manifest[name]:
-            raise ValueError(f"{name} of {self.wan} has fingerprint {part.fingerprint}, but the data were prepared with {self.manifest[name]}")
+            raise ValueError(f"{name} of {self.wan} has fingerprint {part.fingerprint}, but {self.folder} was prepared with {self.manifest[name]}")
         return part
 
     @torch.no_grad()
