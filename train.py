@@ -54,7 +54,7 @@ class Train:
     batch: int = option(64, "clips per step")
     generator_steps: int = option(1600, "steps of stage generator")
     recall_steps: int = option(200, "steps of stage recall")
-    refine_steps: int = option(2200, "steps of stage refine")
+    refine_steps: int = option(2600, "steps of stage refine")
     generator_lr: float = option(0.02, "peak learning rate of stage generator")
     recall_lr: float = option(0.02, "peak learning rate of stage recall")
     refine_lr: float = option(0.02, "peak learning rate of stage refine")

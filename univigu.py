@@ -495,10 +495,10 @@ TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
 # Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
 # clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there
 # (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
-MIXTURE = {"understand": (0.35, None),    # tau_v = 1, tau_t runs; only the text is learned
-           "generate": (0.25, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.25, 0.1),          # both run together, on the line that joint() walks at shift 1
-           "independent": (0.15, None)}   # anywhere
+MIXTURE = {"understand": (0.30, None),    # tau_v = 1, tau_t runs; only the text is learned
+           "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
+           "joint": (0.40, 0.1),          # both run together, on the line that joint() walks at shift 1
+           "independent": (0.10, None)}   # anywhere
 
 
 def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):

@@ -510,4 +510,4 @@ def test_bad_lists_and_sizes_are_refused(mode, flags, words, refusal, work):
 def test_a_dry_run_prints_sizes_and_makes_nothing(use, work, monkeypatch):
     monkeypatch.setattr(sample, "read_model", None)
     text = use("joint", "--prompt", PROMPT, "--dry-run")
-    assert "48 video tokens and 16 text tokens" in text and "48 passes" in text and files(work) == []
+    assert "48 video tokens and 16 text tokens" in text and "72 passes" in text and files(work) == []

@@ -14,7 +14,7 @@ from univigu import generate, joint, understand
 from . import oracle, shapes, words
 
 # How each mode samples unless told otherwise; sample.py uses the same.
-SAMPLING = {"understand": dict(steps=16, guidance=1.0), "generate": dict(steps=12, guidance=3.0), "joint": dict(steps=16, guidance=3.0)}
+SAMPLING = {"understand": dict(steps=16, guidance=1.0), "generate": dict(steps=12, guidance=3.0), "joint": dict(steps=24, guidance=3.0)}
 ALL = tuple(shapes.ATTRIBUTES)
 BRIEF = ("colour", "shape", "direction")  # what a brief prompt asks for
 BATCH = 128
