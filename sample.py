@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import GifImagePlugin, Image
 
@@ -30,6 +31,7 @@ import wan
 from univigu import Config, UniViGU, generate, joint, understand
 
 FORMATS = (".gif", ".mp4", ".npy", "")
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # where VAE, umT5 and tokenizer come from where a checkpoint has none
 
 
 # ---------------------------------------------------------------- video files
@@ -171,11 +173,17 @@ def load(flags):
     folder, device = Path(flags.checkpoint), choose_device(flags.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if wan.is_wan(flags.checkpoint):
-        layout, config = wan.layout(flags.checkpoint), wan.config(flags.checkpoint)
-        base = flags.wan if layout == "published" else None
-        state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=config.latents, text_len=config.text_len, prompt_len=config.prompt_len)
-        world, stage = wan.World.restore(state, device=device), "refine" if layout == "published" else "generator"
-        return lambda: wan.load(flags.checkpoint, base=base, dtype=dtype, device=device), config, world, stage
+        layout, base = wan.layout(flags.checkpoint), None
+        if layout == "published":
+            base = flags.wan = flags.wan or WAN
+        if layout == "official":
+            flags.wan = flags.wan or WAN                            # this layout has its VAE and umT5 in files of another kind
+        if layout != "own":
+            config = wan.config(flags.checkpoint, base=base)
+            state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=config.latents, text_len=config.text_len, prompt_len=config.prompt_len)
+            world, stage = wan.World.restore(state, device=device), "refine" if layout == "published" else "generator"
+            return lambda: wan.load(flags.checkpoint, base=base, dtype=dtype, device=device), config, world, stage
+        folder = wan.find(flags.checkpoint)[1]                      # ours, on the hub
     for name in ("model.safetensors", "config.json", "train.json", "world.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}: wanted a folder that train.py wrote, such as runs/toy/refine")
@@ -183,6 +191,8 @@ def load(flags):
         config = Config(**json.loads((folder / "config.json").read_text()))
         stage, state = json.loads((folder / "train.json").read_text())["stage"], json.loads((folder / "world.json").read_text())
         kind = state["world"]
+        if kind == "wan":
+            world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
     except Exception as error:  # truncated or foreign files fail in many ways
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if kind not in ("toy", "wan"):
@@ -195,16 +205,14 @@ def load(flags):
             world.check(config)
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: {error}") from None
-    else:
-        world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
-    return lambda: read_model(folder).to(device, dtype), config, world, stage
+        return lambda: read_model(folder).to(device, dtype), config, world, stage
+    return lambda: wan.load(folder, dtype=dtype, device=device), config, world, stage
 
 
 def read_model(folder):
     """The model of a folder that train.py wrote. Raises ValueError where its weights are damaged."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):                # the hub's messages are no part of a caption
-            return UniViGU.from_pretrained(folder, strict=True)
+        return UniViGU.from_pretrained(folder, strict=True)
     except Exception as error:  # truncated or foreign files fail in many ways
         raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
 
@@ -218,7 +226,7 @@ def choose_device(name):
 
 
 def estimate(config, world, shape, mode, options, flags, device):
-    """Prints what a sample will take, without loading weights. FLOPs: 2 per multiply-add, see README."""
+    """Prints what a sample will take, without loading weights. FLOPs: 2 per multiply-add."""
     n_v = shape[1] * shape[2] * shape[3] // (config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
     n_t = 0 if mode == "generate" and flags.stage == "generator" else config.text_len
     n, d = n_v + n_t, config.dim
@@ -238,6 +246,8 @@ def estimate(config, world, shape, mode, options, flags, device):
     print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
     print(f"{parameters:,} parameters, {parameters * bytes_each / 1e9:.1f} GB of weights, about {passes // options['steps'] * n * d * 40 * bytes_each / 1e9:.1f} GB of activations")
     print(f"{passes} passes of {forward / 1e12:.2f} TFLOP: about {passes * forward / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
+    if not world.fixed_size:
+        print("beside that, one after the other and not while the model works: umT5 (real: 11 GB in bf16) and the VAE (real: 0.5 GB and the frames)")
 
 
 # ---------------------------------------------------------------- the three modes
@@ -245,6 +255,7 @@ def estimate(config, world, shape, mode, options, flags, device):
 def run(flags):
     """One of the three modes, from flags to printed captions and written files."""
     make_model, config, world, flags.stage = load(flags)
+    flags.unpadded = config.latents == "raw"                        # the published weights, or what was trained from them
     if flags.stage == "generator" and flags.mode != "generate":
         raise ValueError(f"checkpoint {flags.checkpoint} is of stage generator, which knows no text yet; wanted recall or refine")
     options = dict(world.sampling[flags.mode]) | {name: getattr(flags, name) for name in ("steps", "guidance", "shift") if getattr(flags, name) is not None}
@@ -254,12 +265,16 @@ def run(flags):
         raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, but this checkpoint has {frames} of {rows}x{columns}")
     if world.fixed_size:
         shape = world.shape
-    elif size[0] % 4 != 1 or size[1] % 16 or size[2] % 16:
+    elif min(size) < 1 or size[0] % 4 != 1 or size[1] % 16 or size[2] % 16:
         raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, wanted 4n + 1 frames, rows and columns that are multiples of 16")
     else:
         shape = (config.in_dim, 1 + size[0] // 4, size[1] // 8, size[2] // 8)
+        if size[1] * size[2] > 480 * 832 and "shift" in options and flags.shift is None:
+            options["shift"] = 5.0                                  # Wan's own choice for 720p
     if flags.dry_run:
         return estimate(config, world, shape, flags.mode, options, flags, choose_device(flags.device))
+    if size[1] * size[2] > 480 * 832:
+        world.codec.vae.enable_tiling()                             # in fp32, frames of 720p may not fit
     return (describe if flags.mode == "understand" else draw)(flags, make_model, world, shape, size, options)
 
 
@@ -267,23 +282,36 @@ def describe(flags, make_model, world, shape, size, options):
     """understand: prints the caption of a video, or writes those of a folder as JSON lines."""
     if flags.out and Path(flags.out).is_dir():
         raise ValueError(f"--out {flags.out} is a folder, wanted a text file")
-    check_folder(flags.out)
-    videos = [Path(flags.video)] if flags.video else sorted(f for f in list_folder(flags.videos) if f.suffix in FORMATS[:3])
+    if flags.out:
+        check_folder(flags.out)
+    videos = [Path(flags.video)] if flags.video else sorted(f for f in list_folder(flags.videos) if f.suffix.lower() in world.endings)
     if not videos:
-        raise ValueError(f"--videos {flags.videos} holds no .gif, .mp4 or .npy")
-    model = None
+        raise ValueError(f"--videos {flags.videos} holds no {', '.join(world.endings)}")
+    model, written = None, 0
     for i, video in enumerate(videos):
-        z_v = world.codec.encode(world.read_video(video, size) if world.read_video else read_video(video, size))
-        model = model or make_model().eval()                        # after the first file was read: it may be a wrong one
+        try:
+            as_it_is = world.fixed_size or video.is_dir() or video.suffix == ".npy"
+            frames = read_video(video, size) if as_it_is else world.read_video(video, size[0], [size[1:]] if flags.size else world.frame_sizes)
+        except (ValueError, OSError) as error:
+            if flags.video:
+                raise
+            print(f"left out: {one_line(error)}", file=sys.stderr)
+            continue
+        z_v = world.codec.encode(frames)
+        with contextlib.redirect_stdout(sys.stderr):                # what is said while loading is no part of a caption
+            model = model or make_model().eval()                    # after the first file was read: it may be a wrong one
         generator = torch.Generator().manual_seed(flags.seed + i)
         z_v = z_v.to(next(model.parameters()).device)
         caption = world.tokenizer.decode(understand(model, z_v, generator=generator, **options).cpu())[0]
         line = caption if flags.video else json.dumps({"video": video.name, "caption": caption}, ensure_ascii=False)
         if flags.out:
             Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-            with open(flags.out, "a" if i else "w") as file:
+            with open(flags.out, "a" if written else "w") as file:
                 file.write(line + "\n")
+        written += 1
         print(line, flush=True)
+    if not written:
+        raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(videos)}")
 
 
 def draw(flags, make_model, world, shape, size, options):
@@ -297,13 +325,23 @@ def draw(flags, make_model, world, shape, size, options):
     out = Path(flags.mode + ending if flags.out is None else flags.out)
     names = [out] if flags.prompt is not None else [out / f"{i:05d}{ending}" for i in range(len(prompts))]
     check_out(names[0] if flags.out or flags.out is None else "")
+    rows = read_rows(out / "index.jsonl") if flags.prompts else []
+    done = {(row["video"], row["prompt"]) for row in rows if (out / row["video"]).exists()}
     texts = [caption_tokens(flags, world, prompt) for prompt in prompts]
-    embeddings = [world.prompt_encoder([prompt]) for prompt in prompts]                      # before the model is there: both may not fit
-    c_null = world.prompt_encoder([flags.negative_prompt or world.negative_prompt]) if options["guidance"] != 1 and world.negative_prompt else None
-    model = make_model().eval()
-    device = next(model.parameters()).device
+    negative = world.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
+    *embeddings, c_null = embed(world, [*prompts, negative])        # before the model is there: both may not fit
+    with contextlib.redirect_stdout(sys.stderr):                    # what is said while loading is no part of a caption
+        model = make_model().eval()
+    device, pad = next(model.parameters()).device, lambda c: F.pad(c, (0, 0, 0, model.config.prompt_len - c.shape[1]))
+    if not world.fixed_size and len(world.tokenizer) > model.config.vocab_size:
+        raise ValueError(f"checkpoint {flags.checkpoint} knows {model.config.vocab_size} tokens, but its tokenizer has {len(world.tokenizer)}")
     for i, (prompt, c, y, name) in enumerate(zip(prompts, embeddings, texts, names)):
-        common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i)) | ({} if c_null is None else dict(c_null=c_null.to(device)))
+        if (name.name, prompt) in done:
+            continue                                                # an earlier run of the same command drew it
+        common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i))
+        if negative and options["guidance"] != 1:
+            common["c_null"] = pad(c_null).to(device)
+        c = pad(c)
         row = {"video": name.name, "prompt": prompt}
         if flags.mode == "generate":
             z_v = generate(model, None if y is None else y.to(device), c.to(device), shape, **common)
@@ -314,8 +352,20 @@ def draw(flags, make_model, world, shape, size, options):
         write_video(name, world.codec.decode(z_v), world.fps)
         print(f"wrote {name}", file=sys.stderr)
         if flags.prompts:
-            with open(out / "index.jsonl", "a" if i else "w") as file:
+            with open(out / "index.jsonl", "a") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def embed(world, prompts):
+    """Prompts -> list of c (1, its tokens, width) on the CPU: a padded one takes 8 MB in the real world, and there may be thousands."""
+    rows = [row for i in range(0, len(prompts), 64) for row in world.prompt_encoder(prompts[i:i + 64]).cpu()]
+    return [row[:max(1, int(row.any(-1).sum()))].clone()[None] for row in rows]
+
+
+def read_rows(path):
+    """The complete lines of a JSONL file that an earlier run wrote, parsed; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def caption_tokens(flags, world, prompt):
@@ -329,7 +379,8 @@ def caption_tokens(flags, world, prompt):
     text = flags.caption or prompt
     if not text.split():
         raise ValueError("--prompt is empty: wanted words there or in --caption")
-    return world.tokenizer.encode([text])
+    y = world.tokenizer.encode([text])
+    return y[:, :int((y != 0).sum())] if flags.unpadded else y      # the published weights do not look at padding
 
 
 def list_folder(path):
@@ -373,7 +424,7 @@ def parse(argv):
                               + ("empty: --caption alone says it" if mode == "generate" else "empty: anything"))
             what.add_argument("--prompts", help="text file, a prompt a line; --out is then a folder, which gets the videos and index.jsonl")
             sub.add_argument("--out", help=f"video file to write (default: {mode}.gif, or {mode}.mp4 for the real world)")
-            sub.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: Wan's; the toy has none)")
+            sub.add_argument("--negative-prompt", help="what guidance leads away from (default: Wan's; the toy has none)")
         if mode == "generate":
             sub.add_argument("--caption", default="", help="detailed caption for the text stream (default: the prompt)")
         sub.add_argument("--size", type=rows_by_columns, help="rows x columns of the video, multiples of 16 (default: the world's)")
@@ -396,7 +447,7 @@ def main(argv=None):
     flags = parse(argv)
     try:
         run(flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"sample.py: error: {one_line(error)}")
 
 

@@ -47,6 +47,7 @@ class Train:
     preset: str = option("toy", f"sizes of the model: {', '.join(PRESETS)}")
     recipe: str = option("default", "training choices of the text stages: 'default' (measured in the toy) or 'paper' (its clocks, output, loss and optimizer)")
     data: str = option("toy", "the world to learn: 'toy', moving shapes drawn on the fly, or a folder that `python -m wan.prepare` wrote")
+    vocabulary: str = option("data", "of real data: the tokens that occur in the 'data', or 'full', all of umT5's, as the published weights need")
     out: str = option("runs/toy", "folder for checkpoints, metrics.jsonl, results.json and samples")
     stages: str = option("generator,recall,refine", "which stages to run, in this order")
     init: str = option("", "checkpoint whose weights the first stage starts from: a folder of train.py's, or Wan2.1 in any layout (path or hub id)")
@@ -177,7 +178,7 @@ def save(folder, model, world, train, state, optimizers, meter):
 def load(folder, config):
     """A checkpoint folder -> its model and what train.json says, if it has one. Raises ValueError unless the model is config's."""
     if wan.is_wan(folder):
-        return wan.load(folder, **dataclasses.asdict(config)), {}
+        return wan.load(folder, **dataclasses.asdict(config)), {"stage": "recall"}               # it starts a text stream that is new
     folder = Path(folder)
     for name in ("model.safetensors", "config.json"):
         if not (folder / name).is_file():
@@ -359,10 +360,13 @@ def resolve(given, resume):
             if given.get(name, getattr(Train, name)) not in table:
                 raise ValueError(f"{name} is {given[name]!r}, wanted one of {', '.join(table)}")
         preset = dataclasses.asdict(PRESETS[given.get("preset", Train.preset)])
-        sizes = make_world(given.get("data", Train.data), 0).sizes
-        if wan.is_wan(given.get("init", "")):
+        sizes = make_world(given.get("data", Train.data), 0, given.get("vocabulary", Train.vocabulary)).sizes
+        init = given.get("init", "")
+        if init and wan.is_wan(init):
             fields = {f.name for f in dataclasses.fields(Config)}
-            preset = dataclasses.asdict(wan.config(given["init"], **sizes | {name: value for name, value in given.items() if name in fields}))
+            preset = dataclasses.asdict(wan.config(init, **sizes | {name: value for name, value in given.items() if name in fields}))
+        elif given.get("data", Train.data) != "toy" and Path(init, "config.json").is_file():
+            preset = json.loads(Path(init, "config.json").read_text())
         real = REAL if given.get("data", Train.data) != "toy" else {}
         values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | real | given
     train = Train(**{name: value for name, value in values.items() if name in train_names})
@@ -373,7 +377,7 @@ def resolve(given, resume):
 def check(train):
     """Raises ValueError on a value no run can have, before any work is done."""
     for name, allowed in dict(device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
-                              clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"),
+                              clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"), vocabulary=("data", "full"),
                               generator_clocks=("independent", "logit-normal"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
@@ -389,7 +393,7 @@ def check(train):
             raise ValueError(f"{name} is {getattr(train, name)}, wanted {low} to {high}")
 
 
-def make_world(data, seed):
+def make_world(data, seed, vocabulary="data"):
     """The world to learn: "toy", or a folder that wan.prepare wrote."""
     if data == "toy":
         from toy import World
@@ -397,22 +401,36 @@ def make_world(data, seed):
         if not Path(data, "manifest.json").is_file():
             raise ValueError(f"data is {data!r}, wanted 'toy' or a folder that `python -m wan.prepare` wrote, with its manifest.json")
         from wan.data import World
-    return World(seed=seed) if data == "toy" else World(data, seed=seed)
+    return World(seed=seed) if data == "toy" else World(data, seed=seed, full_vocabulary=vocabulary == "full")
+
+
+def check_source(source, world):
+    """Raises ValueError where a checkpoint was trained in another world: its tokens or its latents would mean something else."""
+    file = Path(source, "world.json")
+    stored, wanted = json.loads(file.read_text()) if file.is_file() else {}, json.loads(json.dumps(world.state))
+    for name in set(stored) & {"world", "vocabulary", "codec", "prompt_encoder", "latents"}:
+        if stored[name] != wanted.get(name):
+            values = [len(v) if isinstance(v, list) else v for v in (stored[name], wanted.get(name))]
+            raise ValueError(f"checkpoint {source} has {name} {values[0]!r}, but the data have {values[1]!r}" + " other tokens" * isinstance(stored[name], list))
 
 
 def main(argv=None):
     train, config, flags = parse(argv)
     try:
-        world = make_world(train.data, train.seed)
+        world = make_world(train.data, train.seed, train.vocabulary)
         world.check(config)
         device, bf16, compile = choose_device(train)
         last = checkpoints(train.out)[-1] if flags.resume else None
         source = last[1] if last else train.init
         torch.manual_seed(train.seed)
+        if source:
+            check_source(source, world)
+        if train.eval_clips:
+            world.tokenizer                                             # what the evaluation needs should be missed now, not at the end
         model, done = load(source, config) if source else (UniViGU(config), {})
         if not flags.resume:
             start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: error: {error}")
     print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, {'bf16 autocast' if bf16 else 'fp32'}, "
@@ -435,7 +453,7 @@ def main(argv=None):
                 resumed = last[1] if last and first < step else None
                 try:
                     elapsed += run_stage(stage, model, world, train, first, max(first, step), resumed, elapsed, bar)
-                except (FloatingPointError, OSError) as error:
+                except (FloatingPointError, ValueError, OSError) as error:
                     sys.exit(f"train.py: error: {error}")
             first = end
     if train.eval_clips:

@@ -11,7 +11,7 @@ Read it top to bottom, in the order the data flows:
 Symbols, the same everywhere in this repository (B batch, V vocabulary, N and d text tokens and their width, L prompt tokens):
     z_v    (B, C, F, H, W)   video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
     y      (B, N) int64      text tokens; y_hat decoded ones
-    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise (with text_flow="discrete" the text's state is token ids, (B, N) int64)
+    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise (with text_flow="discrete" the text's state is token ids, (B, N) int64, and v_t their logits)
     tau_v, tau_t  (B,)       the two clocks in [0, 1]: 0 = noise, 1 = data (Wan's clock is t = 1000 (1 - tau))
     c      (B, L, prompt_dim)  prompt embedding, zero-padded; null (zeros) = no prompt
     u_v, u_t                 the target velocity, data - noise; v_v, v_t the model's prediction of it (Wan's network gives -v_v)
@@ -20,13 +20,13 @@ Symbols, the same everywhere in this repository (B batch, V vocabulary, N and d 
     eq. k                    equation k of the paper, arXiv 2604.08121
 
 Where we differ from the paper, or fill its silence:
-    1. E's rows have unit RMS; with embedding="literal", the paper's free E, the text flow's loss is minimised by E -> 0.
-    2. A small cross-entropy anchors z_t to E's rows ("align the token embeddings"); anchor=0 turns it off.
+    1. E's rows have unit RMS, as the video latents (the paper only says "align"); with embedding="literal", its free E, the loss is minimised by E -> 0.
+    2. A small cross-entropy keeps predictions on E's rows; anchor=0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
     4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk; text_shift warps the text
        clock under any clocks. clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
-    5. Text positions, text time embedder and text head: as in the authors' published weights, where the paper says nothing.
-    6. Guidance, shift, initial gates and biases: see README.
+    5. Text positions, text time embedder and text head are the published weights'; guidance, shift, initial gates: see README. The paper is silent.
+    6. text_flow="discrete" is the published weights' text flow, not eq. 7-8.
 """
 
 import math
@@ -91,10 +91,9 @@ class Config:
             raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
         if self.text_flow == "discrete" and self.text_dim != self.dim:
             raise ValueError(f"text_flow='discrete' embeds tokens at the model's width: wanted text_dim {self.dim} (= dim), found {self.text_dim}")
-        for name in ("eps", "text_shift", "gate_init"):
-            value, positive = getattr(self, name), name != "gate_init"
-            if not (0 < value < math.inf or value == 0 and not positive):
-                raise ValueError(f"{name} is {value}, wanted a finite number {'above' if positive else 'of at least'} 0")
+        for name, good in dict(eps=self.eps > 0, text_shift=self.text_shift > 0, gate_init=self.gate_init >= 0).items():
+            if not (good and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted a finite number {'of at least' if name == 'gate_init' else 'above'} 0")
 
 
 _WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
@@ -140,7 +139,7 @@ class Linear(nn.Linear):
 
 
 class Linear32(nn.Linear):
-    """nn.Linear computed in fp32 whatever the autocast: Wan's time embedding and head lose too much in bf16."""
+    """nn.Linear computed in fp32 whatever the autocast, as Wan runs its time embedding and head."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -181,30 +180,24 @@ def sinusoid(tau, dim):
 
 # ---------------------------------------------------------------- positions
 
-ROPE_THETA = 10000.0  # Wan's base of the rotary frequencies
-
-
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # the cached angles must serve training after sampling
+def rope(size, widths, device):
+    """RoPE of a grid of tokens, axis k turning widths[k] entries of a head: cos and sin, (tokens, head_dim/2) each. Base 10,000, as Wan's."""
+    position = torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size))            # (tokens, axes), the last axis fastest
+    angle = torch.cat([position[:, [k]] * 10000.0 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w) for k, w in enumerate(widths)], dim=1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
 def video_rope(size, head_dim, device):
-    """3-D RoPE of a (F, H, W) token grid: cos and sin, (F*H*W, head_dim/2) each. Axes share the pairs as Wan's: 22/21/21 of 64."""
-    widths = head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)
-    angles = [torch.arange(n, dtype=torch.float64)[:, None] * ROPE_THETA ** -(torch.arange(0, w, 2, dtype=torch.float64) / w)
-              for n, w in zip(size, widths)]
-    (f, h, w), (a_f, a_h, a_w) = size, angles
-    angle = torch.cat([a_f[:, None, None].expand(f, h, w, -1),
-                       a_h[None, :, None].expand(f, h, w, -1),
-                       a_w[None, None, :].expand(f, h, w, -1)], dim=-1).reshape(f * h * w, -1)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    """3-D, of a (F, H, W) token grid; its axes share the pairs as Wan's: 22/21/21 of 64."""
+    side = 2 * (head_dim // 6)
+    return rope(size, (head_dim - 2 * side, side, side), device)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # the cached angles must serve training after sampling
 def text_rope(n, head_dim, device):
-    """1-D RoPE of n text tokens from position 0, over the whole head: cos and sin, (n, head_dim/2) each."""
-    frequency = ROPE_THETA ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    """1-D, of n text tokens from position 0, over the whole head."""
+    return rope((n,), (head_dim,), device)
 
 
 def rotate(x, cos, sin, pairs):
@@ -350,8 +343,6 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
             for block in self.blocks:
                 block.ffn_t.load_state_dict(block.ffn.state_dict())
 
-    # ------------------------------------------------ text <-> text latent
-
     def embedding_matrix(self):
         """E (V, d) in fp32, with rows of unit RMS unless config.embedding is "literal"."""
         E = self.token_embedding.weight.float()
@@ -364,8 +355,6 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
     def decode(self, z_t):
         """Text latent z_t (B, N, d) -> the tokens y_hat (B, N) of largest dot product with E, eq. 8."""
         return (z_t.float() @ self.embedding_matrix().T).argmax(-1) if self.config.text_flow == "embedding" else z_t  # eq. 8
-
-    # ------------------------------------------------ both velocities
 
     def check(self, z_v, z_t, tau_v, tau_t, c):
         """Raises ValueError, with the shape found and the shape wanted, on inputs that do not fit together."""
@@ -410,13 +399,12 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         (f, h_, w), (pf, ph, pw) = grid, cfg.patch_size
         v_v = -rearrange(self.head(h[0], e[0]), "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
                          f=f, h=h_, w=w, pf=pf, ph=ph, pw=pw)       # Wan's head gives noise - data; a velocity is data - noise
-        return v_v, None if z_t is None else self.text_velocity(self.head_t(h[1], e[1]), z_t, tau_t)
-
-    def text_velocity(self, out, z_t, tau_t):
-        """The text head's output as a velocity (B, N, d); an x1 prediction implies v = (x1_hat - z_t) / max(1 - tau_t, 0.05)."""
-        if self.config.text_output == "velocity" or self.config.text_flow == "discrete":
-            return out                                              # the discrete flow's logits are not a velocity; they pass
-        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                    # unclamped, errors near data would be divided by 0
+        if z_t is None:
+            return v_v, None
+        v_t = self.head_t(h[1], e[1])                                                        # the discrete flow's logits stay as they are
+        if cfg.text_flow == "embedding" and cfg.text_output == "x1":                         # x1_hat implies a velocity; unclamped, errors near
+            v_t = (v_t - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                 # data would be divided by 0
+        return v_v, v_t
 
 
 # ---------------------------------------------------------------- two text flows behind one interface: noise, noisy, loss, step
@@ -447,13 +435,13 @@ class EmbeddingFlow:
 
     @staticmethod
     def step(z_t, v_t, tau, after, share=None, generator=None):
-        """One Euler step from clock tau to clock after."""
+        """One Euler step from clock tau to clock after (share: see DiscreteFlow)."""
         return z_t + (after - tau) * v_t                            # eq. 16, eq. 18
 
 
 class DiscreteFlow:
-    """Discrete flow matching over token ids, the published weights' text flow (not the paper's). On its mixture path a token is clean
-    with probability tau and otherwise uniformly random; the network gives logits of the clean token (Gat et al., arXiv 2407.15595)."""
+    """Discrete flow matching over token ids (Gat et al., arXiv 2407.15595), the published weights' text flow (not the paper's). On its mixture
+    path, kappa(tau) = tau, a token is clean with probability tau, else uniformly random; the network gives logits of the clean token."""
 
     @staticmethod
     def noise(model, like, n, generator=None):
@@ -469,7 +457,10 @@ class DiscreteFlow:
 
     @staticmethod
     def loss(model, logits, y_t, target, y, tau_t, anchor, kind="cross-entropy"):
-        """Per sample (B,), summed over tokens: "cross-entropy", or "generalised-kl", the bound on -log p(y). No anchor is needed."""
+        """Per sample (B,), summed over tokens: "cross-entropy", or "generalised-kl", whose mean over uniform tau would bound -log p(y) but for
+        the clamp. No anchor is needed. Raises ValueError for another kind."""
+        if kind not in ("cross-entropy", "generalised-kl"):
+            raise ValueError(f"discrete_loss is {kind!r}, wanted 'cross-entropy' or 'generalised-kl'")
         log_p = F.log_softmax(logits.float(), dim=-1)               # (B, N, V)
         of = lambda tokens: log_p.gather(2, tokens[..., None])[..., 0]                       # (B, N)
         if kind == "cross-entropy":
@@ -479,12 +470,12 @@ class DiscreteFlow:
 
     @staticmethod
     def step(y_t, logits, tau, after, share=None, generator=None):
-        """A token is redrawn from the posterior with probability `share`; None: that of an Euler step along the mixture path."""
+        """A token is redrawn from the posterior with probability share; None: h kappa' / (1 - kappa), the Euler step of the path."""
         share = (after - tau) / (1 - tau) if share is None else share
-        device = generator.device if generator else logits.device
-        p = logits.float().softmax(-1).flatten(0, 1).to(device)     # (B N, V)
-        drawn = torch.multinomial(p, 1, generator=generator).view(y_t.shape).to(y_t.device)
-        return torch.where(torch.rand(y_t.shape, generator=generator, device=device).to(y_t.device) < share, drawn, y_t)
+        u, coin = torch.rand(2, *y_t.shape, generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64).to(y_t.device)
+        cdf = logits.double().softmax(-1).cumsum(-1)                # (B, N, V)
+        drawn = torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True)[..., 0].clamp(max=cdf.shape[-1] - 1)
+        return torch.where(coin < share, drawn, y_t)
 
 
 TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
@@ -493,11 +484,11 @@ TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
 # ---------------------------------------------------------------- training: one loss for both flows
 
 # Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
-# clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there
-# (None: p_drop, for it is the text that is learned; elsewhere the prompt is part of the task, and dropped for guidance only).
+# clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there (None: p_drop, so that
+# the text is read off the video, not copied from the prompt; elsewhere the prompt is part of the task, dropped for guidance only).
 MIXTURE = {"understand": (0.30, None),    # tau_v = 1, tau_t runs; only the text is learned
            "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.40, 0.1),          # both run together, on the line that joint() walks at shift 1
+           "joint": (0.40, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks
            "independent": (0.10, None)}   # anywhere
 
 
@@ -566,14 +557,12 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
                        tau_v=tau_v, tau_t=tau_t, on_v=on_v, on_t=on_t)
 
 
-# ---------------------------------------------------------------- inference: three modes, one Euler solver
+# ---------------------------------------------------------------- inference: three modes, the same Euler steps
 
 def clock_grid(steps, shift):
     """The times an Euler solver visits: (steps + 1,) from 0 to 1, equal steps warped. Raises ValueError for steps < 1, shift <= 0."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, wanted at least 1")
-    if shift <= 0:
-        raise ValueError(f"shift is {shift}, wanted a positive number")
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps is {steps}, shift is {shift}: wanted at least 1, and above 0")
     return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
 
 
@@ -646,9 +635,9 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
 def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None, length=None, generator=None, callback=None):
     """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
 
-    c (B, <= L, prompt_dim); shape (C, F, H, W); shift and text_shift (the model's own by default; the discrete flow shares
-    the video's) warp the two grids, equal ones are the paper's. guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i, tau_v,
-    tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N).
+    c (B, <= L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the text's (default: shift times the model's own, which
+    is eq. 18's one clock where that is 1). guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i,
+    tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N).
     """
     cfg, b, n = model.config, len(c), length or model.config.text_len
     text_flow, zero = TEXT_FLOWS[cfg.text_flow], torch.zeros(b, device=c.device)
@@ -659,16 +648,16 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
         null_v = dict(z_t=text_flow.noise(model, c, n, generator), tau_t=zero, c=no_c)
         null_t = dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)
-    if text_shift is None:
-        text_shift = shift if cfg.text_flow == "discrete" else cfg.text_shift
+    text_shift = shift * cfg.text_shift if text_shift is None else text_shift                # warps multiply: tau_t = warp(tau_v, cfg.text_shift)
     grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, text_shift).tolist()
     for i in range(steps):
         state = dict(z_v=z_v, z_t=z_t, tau_v=zero + grid_v[i], tau_t=zero + grid_t[i], c=c)
         v_v, v_t = velocities(model, state, guidance, null_v, null_t)
         z_v = z_v + (grid_v[i + 1] - grid_v[i]) * v_v               # eq. 18
-        z_t = text_flow.step(z_t, v_t, grid_t[i], grid_t[i + 1], share=i / max(1, steps - 1), generator=generator)  # eq. 18
+        share = i / (steps - 1) if steps > 1 else 1.0               # the discrete flow's alone: the published weights' schedule
+        z_t = text_flow.step(z_t, v_t, grid_t[i], grid_t[i + 1], share, generator)           # eq. 18
         if callback:
             callback(i, grid_v[i + 1], grid_t[i + 1], z_v, z_t)
-    if cfg.text_flow == "discrete":                                 # its tokens were drawn one by one: a last look at all of them
+    if cfg.text_flow == "discrete":                                 # its tokens were drawn without seeing each other: a last look
         z_t = model(z_v, z_t, zero + 1, zero + 1, c)[1].argmax(-1)
     return z_v, model.decode(z_t)

@@ -1,5 +1,6 @@
-"""README's generated tables match the code. `python tests/test_readme.py` writes them anew."""
+"""README's generated tables match the code and the stored results. `python tests/test_readme.py` writes them anew."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -32,8 +33,29 @@ def equations():
     return "\n".join(["| eq. | line of univigu.py |", "|---|---|"] + [f"| {k} | {', '.join(found[k])} |" for k in sorted(found)])
 
 
+ROWS = {"caption, mean over seven attributes": "understanding.attribute_accuracy", "caption, all seven right": "understanding.exact_match",
+        "generated video, colour, shape, direction": "generation.attribute_accuracy", "joint: caption against video": "joint.agreement"}
+
+
+def results():
+    """The results.json of three seeds of the default run and of --recipe paper: seen / unseen."""
+    runs = {title: json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text())
+            for title, name in (("seed 0", "seed0"), ("seed 1", "seed1"), ("seed 2", "seed2"), ("`--recipe paper`", "paper"))}
+    lines = ["| | " + " | ".join(runs) + " | chance |", "|---|" + "---|" * (len(runs) + 1)]
+    for about, path in ROWS.items():
+        mode, name = path.split(".")
+        cells = [f"{r[mode][name]:.3f} / {r[mode][name + '_unseen']:.3f}" for r in runs.values()]
+        lines.append(f"| {about} | " + " | ".join(cells) + f" | {runs['seed 0']['chance'][mode][name]:.3f} |")
+    minutes = [f"{r['wall_s'] / 60:.1f} ({r['train_s'] / 60:.1f})" for r in runs.values()]
+    return "\n".join([*lines, "| minutes in all (training) | " + " | ".join(minutes) + " | |"])
+
+
 def written(name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README.read_text(), re.S)[1].strip()
+
+
+def test_the_results_are_those_stored():
+    assert written("results") == results()
 
 
 def test_the_map_of_files_is_right():
@@ -49,6 +71,6 @@ def test_the_map_of_equations_is_right():
 
 if __name__ == "__main__":
     text = README.read_text()
-    for name, table in (("files", files()), ("equations", equations())):
+    for name, table in (("results", results()), ("files", files()), ("equations", equations())):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
     README.write_text(text)

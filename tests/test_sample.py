@@ -494,7 +494,7 @@ def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
     ("generate", ["--prompts", "none.txt", "--out", "x"], ["none.txt"]), ("generate", ["--prompts", "empty.txt", "--out", "x"], ["empty.txt", "empty"]),
     ("joint", ["--prompts", "binary.txt", "--out", "x"], ["binary.txt", "UTF-8"]), ("joint", ["--prompts", "words.txt", "--out", "x"], ["'purple'"]),
     ("generate", ["--prompts", "words.txt"], ["--out", "folder"]), ("understand", ["--videos", "none"], ["none", "folder"]),
-    ("understand", ["--videos", "."], ["no .gif, .mp4 or .npy"]), ("generate", ["--prompt", PROMPT, "--size", "32x32"], ["32x32", "24x24"]),
+    ("understand", ["--videos", "."], ["no .gif, .mp4, .npy"]), ("generate", ["--prompt", PROMPT, "--size", "32x32"], ["32x32", "24x24"]),
     ("joint", ["--prompt", PROMPT, "--frames", 13], ["13 frames", "9 of"]), ("generate", ["--prompt", PROMPT, "--shift", 0], ["--shift is 0"]),
 ])
 def test_bad_lists_and_sizes_are_refused(mode, flags, words, refusal, work):

@@ -101,8 +101,8 @@ def test_decode_is_diffusers_on_the_latents_as_its_vae_wants_them(wan, vae, code
 def test_one_clip_of_a_batch_is_coded_as_alone(codec):
     frames = clip(3, 3, 5, 32, 32)
     together = codec.encode(frames)
-    assert all((codec.encode(frames[i:i + 1])[0] - together[i]).abs().max() < 1e-5 for i in range(3))
-    assert (codec.decode(together)[1:2] - codec.decode(together[1:2])).abs().max() < 1e-5
+    assert all((codec.encode(frames[i:i + 1])[0] - together[i]).abs().max() < 1e-4 for i in range(3))
+    assert (codec.decode(together)[1:2] - codec.decode(together[1:2])).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("size, wanted", [((1, 16, 16), (16, 1, 2, 2)), ((5, 32, 48), (16, 2, 4, 6)), ((81, 480, 832), (16, 21, 60, 104))])

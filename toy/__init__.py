@@ -18,7 +18,7 @@ class World:
     sampling = evaluation.SAMPLING
     sizes = {}
     state = {"world": "toy"}
-    fixed_size, fps, negative_prompt, read_video = True, 8, "", None  # what sample.py asks: the toy has one size, and videos as they are
+    fixed_size, fps, negative_prompt, endings = True, 8, "", (".gif", ".mp4", ".npy")  # what sample.py asks: the toy has one size
 
     def __init__(self, seed=0):
         self.seed = seed

@@ -74,8 +74,9 @@ def caption(flags, load=load):
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in (out, refused):
         write(path, "".join(json.dumps(row) + "\n" for row in read_lines(path)))             # a kill may have cut the last line
-    done = {(row["video"], row["prompt"]) for row in read_lines(out)} | {row["line"] for row in read_lines(refused)}
-    for line in tqdm([line for line in sorted(rows | rejected) if line not in done and rows.get(line) not in done], unit="row", disable=None):
+    done = {(row["video"], row["prompt"]) for row in read_lines(out)} | {(row["line"], row["video"]) for row in read_lines(refused)}
+    todo = [line for line, row in sorted((rows | rejected).items()) if (line, row[0]) not in done and rows.get(line) not in done]
+    for line in tqdm(todo, unit="row", disable=None):
         video, prompt = rows[line] if line in rows else (rejected[line][0], None)
         try:
             if line in rejected:

@@ -152,7 +152,7 @@ class World:
     that the data decide; `state`: what a checkpoint stores to make this world again without the data, see `restore`.
     """
 
-    fixed_size, fps, negative_prompt = False, 16, NEGATIVE_PROMPT
+    fixed_size, fps, negative_prompt, endings = False, 16, NEGATIVE_PROMPT, (".mp4", ".mov", ".webm", ".gif")
     sampling = {"understand": dict(steps=50, guidance=1.0), "generate": dict(steps=50, guidance=5.0, shift=3.0),
                 "joint": dict(steps=50, guidance=5.0, shift=3.0)}
 
@@ -172,7 +172,8 @@ class World:
     @property
     def state(self):
         kept = ("codec", "prompt_encoder", "prompt_len", "prompt_dim", "latents", "text_len", "vocab_size")
-        return {"world": "wan", "wan": str(self.wan), "shape": self.shape, "frame_shape": self.frame_shape,
+        sizes = sorted({tuple(map(int, size.split("x")))[1:] for size in self.manifest["buckets"]})
+        return {"world": "wan", "wan": str(self.wan), "shape": self.shape, "frame_shape": self.frame_shape, "frame_sizes": sizes,
                 "vocabulary": None if self.full_vocabulary else self.manifest["vocabulary"], **{name: self.manifest[name] for name in kept}}
 
     @classmethod
@@ -181,12 +182,16 @@ class World:
         `vocabulary` (None: all of umT5's); `shape` and `frame_shape` (default: 81 frames of 480 x 832); `codec` and `prompt_encoder`, fingerprints to insist on."""
         world = cls.__new__(cls)
         world.manifest, world.wan, world.device, world.text_len = state, state["wan"], torch.device(device), state["text_len"]
+        world.frame_sizes = [tuple(size) for size in state.get("frame_sizes", [(480, 832), (832, 480)])]
         world.folder, world.full_vocabulary = "its checkpoint's data", state["vocabulary"] is None
         world.shape, world.frame_shape = tuple(state.get("shape", (16, 21, 60, 104))), tuple(state.get("frame_shape", (3, 81, 480, 832)))
         return world
 
-    def read_video(self, path, size):
-        """A video file -> frames (1, 3, T, H, W) in [-1, 1], retimed, resized and cropped as the training data; size: (T, H, W). Raises as decode."""
+    def read_video(self, path, frames, sizes):
+        """A video file -> frames (1, 3, T, H, W) in [-1, 1], its first `frames`, retimed, resized and cropped as the training data to the one of `sizes`
+        (H, W) whose aspect ratio is nearest. Raises FileNotFoundError or ValueError for a file that gives none."""
+        import av
+
         from .prepare import DEMUXERS, read_clip
 
         if not Path(path).is_file():
@@ -194,10 +199,10 @@ class World:
         if Path(path).suffix.lower() not in DEMUXERS:
             raise ValueError(f"video {path} ends in {Path(path).suffix!r}, wanted one of {', '.join(DEMUXERS)}")
         try:
-            frames, _ = read_clip(Path(path), [size[1:]], size[0], size[0])
-        except (ValueError, OSError) as error:
+            clip, _ = read_clip(Path(path), sizes, frames, frames)
+        except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"video {path} cannot be read: {error}") from None
-        return rearrange(torch.from_numpy(frames), "t h w rgb -> 1 rgb t h w").float() / 127.5 - 1
+        return rearrange(torch.from_numpy(clip), "t h w rgb -> 1 rgb t h w").float() / 127.5 - 1
 
     def dataset(self, split):
         """The clips of "train" or "val" as Shards."""
@@ -219,7 +224,7 @@ class World:
     def codec(self):
         from .codec import Codec
 
-        return self.same("codec", Codec(self.wan, self.device, torch.float32, latents=self.manifest["latents"], offload=True))
+        return self.same("codec", Codec(self.wan, self.device, latents=self.manifest["latents"], offload=True))
 
     @cached_property
     def prompt_encoder(self):

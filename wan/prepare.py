@@ -93,6 +93,11 @@ def read_clip(path, sizes, least, most):
     return np.stack(frames[:kept]), len(frames) > kept
 
 
+def large(sizes):
+    """Whether a VAE in fp32 should work in tiles: frames above 480 x 832 may not fit."""
+    return any(rows * columns > 480 * 832 for rows, columns in sizes)
+
+
 def find(videos, name):
     """The path of a video. Raises ValueError unless it is a file inside the folder `videos`, symbolic links followed."""
     path = videos / name
@@ -271,7 +276,7 @@ def prepare(flags):
     rows, rejected, digest = read_index(Path(flags.index))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    tokenizer, codec = Tokenizer(flags.wan), Codec(flags.wan, device, torch.float32, latents=flags.latents)
+    tokenizer, codec = Tokenizer(flags.wan), Codec(flags.wan, device, latents=flags.latents, tiling=large(flags.sizes))
     encoder = PromptEncoder(flags.wan, device, torch.bfloat16 if cuda else torch.float32)
     limits = {"prompt": flags.prompt_tokens, "caption": flags.caption_tokens}
     if limits["prompt"][1] >= encoder.length:
@@ -308,7 +313,7 @@ def prepare(flags):
         part.add({"line": line, "video": video, "size": list(frames.shape[:3]), "z_v": list(z_v.shape), "cut": cut, "tokens": tokens},
                  {"z_v": z_v, "c": c, "prompt": ids[0], "caption": ids[1]})
     part.flush()
-    merge(out, settings, len(rows) + len(rejected), flags.wan)
+    merge(out, settings, len(rows) + len(rejected), str(Path(flags.wan).absolute()) if Path(flags.wan).exists() else flags.wan)
 
 
 # ---------------------------------------------------------------- flags

@@ -160,7 +160,8 @@ def look(path_or_hub_id, base, overrides):
         raise ValueError(f"unknown overrides {', '.join(unknown)}: wanted fields of Config")
     layout, where = find(path_or_hub_id)
     tensors, unexpected = open_checkpoint(layout, where)
-    if base is not None:
+    stems = {re.sub(r"^blocks\.\d+", "blocks.*", name.removesuffix(".weight").removesuffix(".bias")) for name in tensors}
+    if base is not None and (layout != "published" or not DIFFUSERS.keys() <= stems):       # else nothing is missing: do not fetch it
         base_layout, base_where = find(base)
         if layout != "published" or base_layout not in CLASSES:
             raise ValueError(f"base {base} is of layout {base_layout}, for a checkpoint of layout {layout}; wanted a Wan2.1 checkpoint for a published one")
@@ -199,7 +200,7 @@ def fetch(hub_id):
     """Downloads what load() needs of a repository of the hub, and nothing else, and returns its folder."""
     try:
         for weights in (f"transformer/{WEIGHTS}*", f"{WEIGHTS}*", "model.safetensors", "*.pth"):     # the last: Wan's VAE and umT5 are .pth too
-            folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", "transformer/config.json", weights]))
+            folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", "transformer/config.json", "train.json", "world.json", weights]))
             if any(folder.glob("**/" + weights)):
                 return folder
     except Exception as error:  # no network, no such name, no permission: each has errors of its own
