@@ -4,6 +4,7 @@
     python train.py --recipe paper --out runs/paper         the paper's clocks, outputs, loss and optimizer
     python train.py --resume                                go on where the last checkpoint stands
     python train.py --stages recall,refine --init runs/toy/generator --out runs/again
+    torchrun --nproc-per-node 8 train.py --data data/clips --init Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out runs/wan      a node; --dry-run first
 
 The stages are one loop with other values (see STAGES): what the text's target is, how many steps, which optimizer.
 """
@@ -11,16 +12,26 @@ The stages are one loop with other values (see STAGES): what the text's target i
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import wan
@@ -52,7 +63,11 @@ class Train:
     stages: str = option("generator,recall,refine", "which stages to run, in this order")
     init: str = option("", "checkpoint whose weights the first stage starts from: a folder of train.py's, or Wan2.1 in any layout (path or hub id)")
     seed: int = option(0, "seed of the weights, the clips, the noise and the evaluation")
-    batch: int = option(64, "clips per step")
+    batch: int = option(64, "clips per step, over all processes")
+    micro_batch: int = option(0, "clips that go through the network at once; the gradients of several add up. 0 = batch over the number of processes")
+    parallel: str = option("auto", "with torchrun: 'ddp', a copy of everything in each process; 'fsdp', parameters and states in shards; 'auto': by the model's size")
+    shard_within: int = option(0, "with fsdp: processes that share one copy, for example those of a node; the groups then work as ddp. 0 = all of them")
+    recompute: str = option("none", "activations: 'none' are recomputed in the backward pass; 'keep-attention', all but attention's outputs; 'full', all")
     generator_steps: int = option(1600, "steps of stage generator")
     recall_steps: int = option(200, "steps of stage recall")
     refine_steps: int = option(2600, "steps of stage refine")
@@ -75,6 +90,9 @@ class Train:
     device: str = option("auto", "'auto', 'cpu' or 'cuda'")
     precision: str = option("auto", "'fp32', 'bf16' autocast, or 'auto': bf16 on a GPU, fp32 on a CPU, where a small model's casts cost more than they save")
     compile: str = option("auto", "torch.compile of the blocks: 'yes', 'no', or 'auto': where a run is long enough to pay for it")
+    workers: int = option(0, "processes per GPU that prepare batches ahead")
+    max_skipped: int = option(10, "steps whose loss or gradient was not finite, and which are left out, before the run stops")
+    time_limit: float = option(0.0, "minutes after which the run saves and ends, to be resumed; 0 = none")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     save_every: int = option(250, "steps between checkpoints")
     keep: int = option(1, "checkpoints to keep beside those at the stages' ends")
@@ -115,13 +133,14 @@ def orthogonalise(g, coefficients, steps):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
-def make_optimizers(model, kind, lr, adam_lr):
-    """Adam with the paper's betas; with kind "muon", the matrices of the blocks go to Muon and only the rest to Adam."""
-    matrices = {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2} if kind == "muon" else set()
-    rest = [p for name, p in model.named_parameters() if name not in matrices]
+def make_optimizers(model, kind, lr, adam_lr, text=True):
+    """Adam with the paper's betas; with kind "muon", the matrices of the blocks go to Muon and only the rest to Adam. text: the text stream too."""
+    trained = {name: p for name, p in model.named_parameters() if text or not model.is_text(name)}
+    matrices = {name for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2} if kind == "muon" else set()
+    rest = [p for name, p in trained.items() if name not in matrices]
     optimizers = [torch.optim.Adam(rest, lr=adam_lr if matrices else lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon([p for name, p in model.named_parameters() if name in matrices], lr=lr, weight_decay=0.0))
+        optimizers.append(Muon([trained[name] for name in trained if name in matrices], lr=lr, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -149,8 +168,10 @@ class Meter:
                 decile = (parts[f"tau_{m}"] * 10).long().clamp(max=9)
                 self.sums[i].index_add_(1, decile, torch.stack([parts[name] * parts[f"on_{m}"], parts[f"on_{m}"]]).double())
 
-    def read(self):
-        """The figures as a dict, and an empty meter again."""
+    def read(self, ranks=1):
+        """The figures of all processes as a dict, and an empty meter again."""
+        if ranks > 1:
+            dist.all_reduce(self.sums), dist.all_reduce(self.loss)
         (loss, steps), sums = self.loss.tolist(), self.sums.cpu()
         ratio = lambda s, n: round(s / n, 6) if n else None
         line = {"loss": ratio(loss, steps)}
@@ -162,17 +183,46 @@ class Meter:
 
 # ---------------------------------------------------------------- checkpoints
 
-def save(folder, model, world, train, state, optimizers, meter):
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # all of it, gathered by process 0: any number of processes may load it
+
+
+def save(folder, model, world, train, machine, state, optimizers, meter):
     """Writes a checkpoint beside `folder`, then renames it: a folder with its final name is always complete."""
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)                                     # model.safetensors, config.json
-    torch.save([o.state_dict() for o in optimizers] + [{"sums": meter.sums, "loss": meter.loss}], part / "training_state.pt")
-    (part / "world.json").write_text(json.dumps(world.state, indent=1))  # what sample.py needs to know beside the model
-    (part / "train.json").write_text(json.dumps({"train": dataclasses.asdict(train), **state}, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    weights, states = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizers, options=WHOLE)
+    sums = {"sums": meter.sums, "loss": meter.loss}
+    if machine.ranks > 1:
+        dist.all_reduce(sums["sums"]), dist.all_reduce(sums["loss"])
+    if machine.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
+        torch.save({"optimizers": states, "meter": sums}, part / "training_state.pt")
+        (part / "world.json").write_text(json.dumps(world.state, indent=1))                  # what sample.py needs to know beside the model
+        (part / "train.json").write_text(json.dumps({"train": dataclasses.asdict(train), **state}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        for _, old in [c for c in checkpoints(train.out) if c[1].name.startswith("step-")][: -train.keep]:
+            shutil.rmtree(old)
+    elif machine.ranks > 1:
+        meter.sums.zero_(), meter.loss.zero_()                      # process 0 has them now
+    if machine.rank == 0:
+        meter.sums, meter.loss = sums["sums"], sums["loss"]
+    agreed(machine, 0)                                              # nobody goes on before the checkpoint is complete
+
+
+def restore(folder, model, optimizers, meter, machine):
+    """The training state of a checkpoint into optimizers and meter. Raises OSError where it is damaged."""
+    try:
+        stored = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=StateDictOptions(full_state_dict=True))
+        if machine.rank == 0:
+            meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
+    except Exception as error:  # a damaged file fails in many ways
+        raise OSError(f"checkpoint {folder}: training_state.pt cannot be read ({type(error).__name__}): remove this folder "
+                      "and --resume goes on from the checkpoint before it") from None
 
 
 def load(folder, config):
@@ -223,84 +273,223 @@ def truncate_metrics(path, step):
         path.write_text("".join(lines))
 
 
-# ---------------------------------------------------------------- the machine
+# ---------------------------------------------------------------- the machine, and the processes of torchrun
 
-def choose_device(train):
-    """Device, whether to autocast to bf16, whether to compile."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+@dataclass
+class Machine:
+    """Where this process runs and how it computes."""
+
+    device: torch.device
+    bf16: bool
+    compile: bool
+    rank: int
+    ranks: int
+    stopped: bool = False                                           # SIGTERM arrived
+
+
+def join_processes(train):
+    """This process's Machine; joins the others where torchrun started several. Raises ValueError for a device that is not there."""
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA GPU; wanted 'cpu' or 'auto'")
-    bf16 = device.type == "cuda" if train.precision == "auto" else train.precision == "bf16"
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    bf16 = kind == "cuda" if train.precision == "auto" else train.precision == "bf16"
     steps = sum(getattr(train, f"{stage}_steps") for stage in train.stages.split(","))
     compile = (steps >= 1000 and bool(shutil.which("g++") or shutil.which("clang++"))) if train.compile == "auto" else train.compile == "yes"
-    return device, bf16, compile
+    if ranks > 1:
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return Machine(device, bf16, compile, rank, ranks)
 
 
-def batches(dataset, batch, first, steps):
-    """Batches number `first` and on: the position in the data is a function of the step alone."""
-    sampler = (dataset.batch(i, batch) for i in range(first, first + steps))
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda samples: samples)
+class Objective(torch.nn.Module):
+    """The loss as a module: what DDP and FSDP wrap, so that one forward pass uses every parameter."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, z_v, y, c, options):
+        return uni_flow_loss(self.model, z_v, y, c, **options)
+
+
+def parallelise(model, train, machine):
+    """The Objective of a model, over all processes. Order matters: recompute, then compile, then shard, each block on its own."""
+    for block in model.blocks:
+        if train.recompute != "none":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    **({"context_fn": keep_attention} if train.recompute == "keep-attention" else {}))
+        if machine.compile:
+            block.compile()
+    objective = Objective(model.to(machine.device))
+    if machine.ranks == 1:
+        return objective
+    if chosen_parallel(model, train) == "ddp":
+        ids = [machine.device.index] if machine.device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters="generator" in train.stages)
+    within = train.shard_within or machine.ranks
+    shape, names = ((machine.ranks // within, within), ("replicate", "shard")) if within < machine.ranks else ((machine.ranks,), ("shard",))
+    mesh = init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)                        # parameters and reduction in fp32; autocast makes the products bf16
+
+
+def chosen_parallel(model, train):
+    """'ddp' or 'fsdp'. Adam in fp32 takes 16 bytes a parameter: beyond two billion, a GPU is better used for activations."""
+    return train.parallel if train.parallel != "auto" else "fsdp" if sum(p.numel() for p in model.parameters()) > 2e9 else "ddp"
+
+
+def keep_attention():
+    """For checkpoint(): attention's outputs, 70% of the work at 33,000 tokens, are kept; everything else is computed again."""
+    kept = {torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+            torch.ops.aten._scaled_dot_product_efficient_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+    return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def held_back(objective, hold):
+    """A context in which gradients are summed here, and not yet over the processes."""
+    if isinstance(objective, DistributedDataParallel):
+        return objective.no_sync() if hold else nullcontext()
+    if hasattr(objective, "set_requires_gradient_sync"):
+        objective.set_requires_gradient_sync(not hold)
+    return nullcontext()
+
+
+def agreed(machine, value):
+    """The largest of all processes' values."""
+    if machine.ranks == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def micro_batches(dataset, train, machine, first, steps):
+    """This process's micro-batches of steps `first` and on. Micro-batch m of a step goes to process m modulo their number: what is
+    in it, and its noise, depends on neither, so that a run may go on with another number of processes."""
+    size = train.micro_batch
+    sampler = (dataset.batch(step, train.batch)[m * size:(m + 1) * size] for step in range(first, first + steps)
+               for m in range(machine.rank, train.batch // size, machine.ranks))
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=train.workers, pin_memory=machine.device.type == "cuda")
+
+
+def as_it_is(samples):
+    """The datasets collate their batches themselves."""
+    return samples
 
 
 # ---------------------------------------------------------------- the loop
 
-def run_stage(stage, model, world, train, first, start, resumed, elapsed, bar):
+class Stop(Exception):
+    """The run was asked to end, by SIGTERM or the time limit; its checkpoint is written."""
+
+
+def run_stage(stage, objective, world, train, machine, first, start, resumed, elapsed, bar):
     """Trains one stage from global step `start` (>= first, the stage's first step) to its end; returns the seconds it took."""
-    device, bf16, _ = choose_device(train)
-    steps, text = getattr(train, f"{stage}_steps"), STAGES[stage]
-    optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr)
-    meter, begin, waited, logged = Meter(device), time.time(), 0.0, (time.time(), start)
+    model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
+    steps, text, device = getattr(train, f"{stage}_steps"), STAGES[stage], machine.device
+    optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr, text is not None)
+    meter, log, begin, skipped = Meter(device), Log(train, machine, bar, elapsed), time.time(), []
     if resumed:
-        try:
-            *states, sums = torch.load(resumed / "training_state.pt", weights_only=True, map_location=device)
-            meter.sums, meter.loss = sums["sums"], sums["loss"]
-            for optimizer, saved in zip(optimizers, states):
-                optimizer.load_state_dict(saved)
-        except Exception as error:  # a damaged file fails in many ways
-            raise OSError(f"checkpoint {resumed}: training_state.pt cannot be read ({type(error).__name__}): remove this folder "
-                          "and --resume goes on from the checkpoint before it") from None
+        restore(resumed, model, optimizers, meter, machine)
+    options = dict(p_drop=train.p_drop if text else 0.1, clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None,
+                   anchor=train.anchor, discrete_loss=train.discrete_loss)
+    loader = iter(micro_batches(world.dataset("train"), train, machine, start, first + steps - start))
+    micros = train.batch // train.micro_batch // machine.ranks
     model.train()
-    arrived = time.time()
-    for step, batch in enumerate(batches(world.dataset("train"), train.batch, start, first + steps - start), start):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        waited += time.time() - arrived
+    for step in range(start, first + steps):
         share = schedule(step - first, steps, train.warmup, train.decay)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * share
-        generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step)             # no hidden state: a resumed step draws the same
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            loss, parts = uni_flow_loss(model, batch["z_v"], batch[text] if text else None, batch["c"], p_drop=train.p_drop if text else 0.1,
-                                        clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None, anchor=train.anchor,
-                                        discrete_loss=train.discrete_loss, generator=generator)
-        loss.backward()
+        for m in range(machine.rank, micros * machine.ranks, machine.ranks):
+            with log.waiting():
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(loader).items()}
+            generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step + (m << 40))     # no hidden state: a resumed step draws the same
+            with torch.autocast(device.type, torch.bfloat16) if machine.bf16 else nullcontext():
+                with held_back(objective, m + machine.ranks < micros * machine.ranks):
+                    loss, parts = objective(batch["z_v"], batch[text] if text else None, batch["c"], options | {"generator": generator})
+                    (loss / micros).backward()
+            meter.add(loss, parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient at step {step} of stage {stage} is {norm.item()}, wanted a finite number: "
-                                     "lower the learning rate; the last checkpoint is intact")
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()         # the same in all processes
+        if math.isfinite(norm):
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            skip(skipped, step, stage, norm, world, train)
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
-        meter.add(loss, parts)
         bar.update()
 
         done, last = step + 1, step + 1 == first + steps
         if done % train.log_every == 0 or last:
-            now = time.time()
-            line = {"step": done, "stage": stage, **meter.read(), "lr": optimizers[-1].param_groups[0]["lr"], "grad_norm": round(norm.item(), 4)}
-            rate = train.batch * (done - logged[1]) / (now - logged[0])
-            timing = {"samples_per_s": round(rate, 1), "data_wait": round(waited / (now - logged[0]), 4),
-                      "eta_s": round((bar.total - done) * train.batch / rate), "wall_s": round(elapsed + now - begin, 1)}
-            with open(Path(train.out) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line | timing) + "\n")
-            report(bar, line | timing)
-            logged, waited = (now, done), 0.0
-        if done % train.save_every == 0 or last:
+            log.write({"step": done, "stage": stage, **meter.read(machine.ranks), "lr": optimizers[-1].param_groups[0]["lr"], "grad_norm": round(norm, 4),
+                       "skipped": len(skipped)}, model.config, batch)
+        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < elapsed + time.time() - begin)
+        if done % train.save_every == 0 or last or stop:
             state = {"step": done, "stage": stage, "elapsed": elapsed + time.time() - begin}
-            save(Path(train.out) / (stage if last else f"step-{done:06d}"), model, world, train, state, optimizers, meter)
-            for _, folder in [c for c in checkpoints(train.out) if c[1].name.startswith("step-")][: -train.keep]:
-                shutil.rmtree(folder)
-        arrived = time.time()
+            save(Path(train.out) / (stage if last else f"step-{done:06d}"), model, world, train, machine, state, optimizers, meter)
+        if stop and done < bar.total:
+            raise Stop(f"stopped at step {done}, saved; --resume goes on")
     return time.time() - begin
+
+
+def skip(skipped, step, stage, norm, world, train):
+    """Notes a step whose gradient is not finite, in every process alike. Raises FloatingPointError where they are too many."""
+    skipped.append(step)
+    clips = list(world.dataset("train").batch(step, train.batch))
+    print(f"step {step} of stage {stage} is left out: its gradient is {norm}; its clips: {clips}", file=sys.stderr)
+    if len(skipped) > train.max_skipped:
+        raise FloatingPointError(f"the gradient at step {step} of stage {stage} is {norm}, wanted a finite number; {len(skipped)} steps were left out "
+                                 f"({', '.join(map(str, skipped))}): lower the learning rate or mend the clips; the last checkpoint is intact")
+
+
+class Log:
+    """Writes the lines of metrics.jsonl, with what the clock on the wall says."""
+
+    def __init__(self, train, machine, bar, elapsed):
+        self.train, self.machine, self.bar, self.elapsed = train, machine, bar, elapsed
+        self.begin = self.last = time.time()
+        self.step, self.waited = bar.n, 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Counts the time within as spent waiting for data."""
+        begin = time.time()
+        yield
+        self.waited += time.time() - begin
+
+    def write(self, line, config, batch):
+        """Adds the rates since the last line and writes it."""
+        now, train, machine = time.time(), self.train, self.machine
+        seconds, rate = now - self.last, train.batch * (line["step"] - self.step) / (now - self.last)
+        n_v = batch["z_v"][0, 0].numel() // math.prod(config.patch_size)
+        n_t = config.text_len if STAGES[line["stage"]] else 0
+        line |= {"samples_per_s": round(rate, 2), "tokens_per_s": round(rate * (n_v + n_t)), "data_wait": round(self.waited / seconds, 4),
+                 "eta_s": round((self.bar.total - line["step"]) * train.batch / rate), "wall_s": round(self.elapsed + now - self.begin, 1)}
+        if machine.device.type == "cuda":
+            peak = PEAK.get(next((name for name in PEAK if name in torch.cuda.get_device_name()), ""))
+            line |= {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+                     "mfu": peak and round(rate * 3 * forward_flops(config, n_v, n_t) / machine.ranks / peak, 4)}
+        if machine.rank == 0:
+            with open(Path(train.out) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            report(self.bar, line)
+        self.last, self.step, self.waited = now, line["step"], 0.0
+
+
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}    # dense bf16 FLOP/s, as their makers state them
+
+
+def forward_flops(config, n_v, n_t):
+    """FLOPs of one sample's forward pass, 2 per multiply-add: linears, self-attention, cross-attention. A training step is 3 of them."""
+    n, d = n_v + n_t, config.dim
+    linears = 8 * d * d * n + 4 * d * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)     # q k v o; the experts
+    cross = 4 * d * d * (n + config.prompt_len) + 4 * n * config.prompt_len * d
+    return config.num_layers * (linears + 4 * n * n * d + cross)
 
 
 def report(bar, line):
@@ -309,7 +498,7 @@ def report(bar, line):
     bar.set_description(line["stage"])
     bar.set_postfix_str(text)
     if bar.disable:
-        print(f"{line['stage']:9} step {line['step']:5}  {text}  {line['samples_per_s']:.0f} clips/s  data {line['data_wait']:.1%}  "
+        print(f"{line['stage']:9} step {line['step']:5}  {text}  {line['samples_per_s']:.4g} clips/s  data {line['data_wait']:.1%}  "
               f"ETA {line['eta_s'] // 60}:{line['eta_s'] % 60:02}", flush=True)
 
 
@@ -329,8 +518,11 @@ def parse(argv):
             default = "" if cls is Config else f" (default: {f.default})" if f.default != "" else ""
             group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=f.name.upper(),
                                help=(f.metadata["help"] + default).replace("%", "%%"))
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and days, load nothing and write nothing")
     flags = parser.parse_args(argv)
-    given = {name: value for name, value in vars(flags).items() if name not in ("resume", "overwrite")}
+    given = {name: value for name, value in vars(flags).items() if name not in ("resume", "overwrite", "dry_run")}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(given.get("out", Train.out)):
+        flags.resume = True                                         # torchrun started us again: go on
     try:
         return *resolve(given, flags.resume), flags
     except (ValueError, OSError) as error:
@@ -342,6 +534,11 @@ def integers(text):
     return tuple(map(int, text.split(",")))
 
 
+# What may differ when a run goes on. (Another micro_batch draws other noise; everything else here leaves the numbers as they are.)
+ANY_TIME = {"compile", "device", "log_every", "save_every", "keep", "eval_clips", "micro_batch", "parallel", "shard_within", "recompute", "workers",
+            "time_limit", "max_skipped"}
+
+
 def resolve(given, resume):
     """The values asked for, completed by those of the recipe and the preset, or of the checkpoint to resume."""
     train_names = {f.name for f in dataclasses.fields(Train)}
@@ -351,7 +548,7 @@ def resolve(given, resume):
             raise ValueError(f"--resume: found no checkpoint in {out}, wanted a folder with model.safetensors and train.json")
         folder = checkpoints(out)[-1][1]
         stored = json.loads((folder / "train.json").read_text())["train"] | json.loads((folder / "config.json").read_text()) | {"out": out}
-        for name in set(given) - {"compile", "device", "log_every", "save_every", "keep", "eval_clips"}:
+        for name in set(given) - ANY_TIME:
             if given[name] != (tuple(stored[name]) if name == "patch_size" else stored[name]):
                 raise ValueError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has {stored[name]!r}")
         values = stored | given
@@ -370,6 +567,7 @@ def resolve(given, resume):
         real = REAL if given.get("data", Train.data) != "toy" else {}
         values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | real | given
     train = Train(**{name: value for name, value in values.items() if name in train_names})
+    train.micro_batch = train.micro_batch or max(1, train.batch // int(os.environ.get("WORLD_SIZE", 1)))
     check(train)
     return train, Config(**{f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values})
 
@@ -378,16 +576,23 @@ def check(train):
     """Raises ValueError on a value no run can have, before any work is done."""
     for name, allowed in dict(device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
                               clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"), vocabulary=("data", "full"),
-                              generator_clocks=("independent", "logit-normal"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
+                              generator_clocks=("independent", "logit-normal"), parallel=("auto", "ddp", "fsdp"),
+                              recompute=("none", "keep-attention", "full"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
     names = train.stages.split(",")
     if any(stage not in STAGES for stage in names) or names != [stage for stage in STAGES if stage in names]:
         raise ValueError(f"stages is {train.stages!r}, wanted some of {','.join(STAGES)}, in this order")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if train.batch % (train.micro_batch * ranks):
+        raise ValueError(f"batch is {train.batch}, wanted a multiple of micro_batch {train.micro_batch} times {ranks} processes")
+    if train.shard_within and ranks % train.shard_within:
+        raise ValueError(f"shard_within is {train.shard_within}, wanted a divisor of the {ranks} processes")
     for name in ("batch", "log_every", "save_every", "keep", *(f"{stage}_steps" for stage in STAGES)):
         if getattr(train, name) < 1:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted at least 1")
-    for name, low, high in (("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
+    for name, low, high in (("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
+                            ("time_limit", 0, 10**6), ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
                             ("seed", 0, 10**9), ("clip", 1e-9, 1e9), ("adam_lr", 0, 10), *((f"{s}_lr", 0, 10) for s in STAGES)):
         if not low <= getattr(train, name) <= high:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted {low} to {high}")
@@ -414,12 +619,35 @@ def check_source(source, world):
             raise ValueError(f"checkpoint {source} has {name} {values[0]!r}, but the data have {values[1]!r}" + " other tokens" * isinstance(stored[name], list))
 
 
+def estimate(train, config, world):
+    """Prints what a run will take, from sizes alone."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in UniViGU(config).parameters())
+    ranks, n_v = int(os.environ.get("WORLD_SIZE", 1)), math.prod(world.shape[1:]) // math.prod(config.patch_size)
+    parallel = train.parallel if train.parallel != "auto" else "fsdp" if n > 2e9 else "ddp"
+    tokens, copies = n_v + config.text_len, (train.shard_within or ranks) if parallel == "fsdp" else 1
+    step = train.batch * (4 if train.recompute == "full" else 3) * forward_flops(config, n_v, config.text_len)
+    steps = sum(getattr(train, f"{stage}_steps") for stage in train.stages.split(","))
+    kept = {"none": 34 + 4 * config.ffn_dim / config.dim, "keep-attention": 4, "full": 2}[train.recompute]   # bf16 numbers a token, in units of dim, by counting
+    print(f"{n:,} parameters; {n_v:,} video and {config.text_len} text tokens a clip, {train.batch} clips a step, {steps:,} steps")
+    print(f"memory of each of {ranks} processes ({parallel}): {16 * n / copies / 1e9:.1f} GB of weights, gradients and Adam's moments, "
+          f"about {2 * kept * config.num_layers * tokens * config.dim * train.micro_batch / 1e9:.1f} GB of activations")
+    print(f"{step / 1e12:,.1f} TFLOP a step: {step * steps / (0.4 * 989e12) / ranks / 86400:,.1f} days on {ranks} H100 at 40% of 989 TFLOP/s")
+
+
+def fail(error):
+    """Ends the process with one line, from one process of many."""
+    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"train.py: error: {error}")
+
+
 def main(argv=None):
     train, config, flags = parse(argv)
     try:
         world = make_world(train.data, train.seed, train.vocabulary)
         world.check(config)
-        device, bf16, compile = choose_device(train)
+        if flags.dry_run:
+            return estimate(train, config, world)
+        machine = join_processes(train)
         last = checkpoints(train.out)[-1] if flags.resume else None
         source = last[1] if last else train.init
         torch.manual_seed(train.seed)
@@ -428,37 +656,48 @@ def main(argv=None):
         if train.eval_clips:
             world.tokenizer                                             # what the evaluation needs should be missed now, not at the end
         model, done = load(source, config) if source else (UniViGU(config), {})
-        if not flags.resume:
+        if not flags.resume and machine.rank == 0:
             start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train.py: error: {error}")
-    print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, {'bf16 autocast' if bf16 else 'fp32'}, "
-          f"{'compiled' if compile else 'eager'} blocks")
-    model.to(device)
-    if compile:
-        for block in model.blocks:
-            block.compile()
+        fail(error)
+    names, text_started = train.stages.split(","), done.get("stage") in ("recall", "refine")
+    if STAGES[names[0]] and not text_started:
+        model.start_text()
+    if machine.rank == 0:
+        print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
+        how = f"{machine.ranks} processes, {chosen_parallel(model, train)}, " if machine.ranks > 1 else ""
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {how}{machine.device}, {'bf16 autocast' if machine.bf16 else 'fp32'}, "
+              f"{'compiled' if machine.compile else 'eager'} blocks", flush=True)
+    objective = parallelise(model, train, machine)
 
-    step, elapsed = (done["step"], done["elapsed"]) if last else (0, 0.0)
-    truncate_metrics(Path(train.out) / "metrics.jsonl", step)
-    names, first, text_started = train.stages.split(","), 0, done.get("stage") in ("recall", "refine")
-    with tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None) as bar:
+    signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "stopped", True))
+    step, elapsed, first = *((done["step"], done["elapsed"]) if last else (0, 0.0)), 0
+    if machine.rank == 0:
+        truncate_metrics(Path(train.out) / "metrics.jsonl", step)
+    agreed(machine, 0)
+    bar = tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True)
+    try:
         for stage in names:
             end = first + getattr(train, f"{stage}_steps")
             if step < end:
-                if STAGES[stage] and not text_started:
+                if STAGES[stage] and not text_started and stage != names[0]:
                     model.start_text()
                 text_started = bool(STAGES[stage])
                 resumed = last[1] if last and first < step else None
-                try:
-                    elapsed += run_stage(stage, model, world, train, first, max(first, step), resumed, elapsed, bar)
-                except (FloatingPointError, ValueError, OSError) as error:
-                    sys.exit(f"train.py: error: {error}")
+                elapsed += run_stage(stage, objective, world, train, machine, first, max(first, step), resumed, elapsed, bar)
             first = end
-    if train.eval_clips:
+    except Stop as stop:
+        sys.exit(print(stop) if machine.rank == 0 else None)
+    except (FloatingPointError, ValueError, OSError) as error:
+        fail(error)
+    finally:
+        bar.close()
+    if train.eval_clips and machine.rank == 0 and not hasattr(objective, "set_requires_gradient_sync"):
         torch.compiler.set_stance("force_eager")                    # batches of evaluation are few: not worth compiling for
         world.evaluate(model.eval(), train.out, train.eval_clips, elapsed, has_text=text_started)
+    if machine.ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

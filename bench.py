@@ -1,0 +1,118 @@
+"""How fast a training step and a denoising step are, against diffusers' WanTransformer3DModel: same shape, same dtype, same machine, runs in turn.
+
+    python bench.py --dim 512 --num-layers 8 --num-heads 8 --ffn-dim 2048 --latent 16,8,32,32 --text-len 256      2,048 video tokens, on a CPU
+    python bench.py --preset wan-1.3b --latent 16,21,60,104 --recompute keep-attention                             480 x 832, 81 frames, on a GPU
+
+Times are medians of interleaved runs. A training step is forward, backward and Adam; MFU counts 3 forward passes (see train.forward_flops)
+against the GPU's dense bf16 peak. The weights are random: only the speed is asked for.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+
+import train
+from univigu import PRESETS, UniViGU
+
+
+def diffusers_model(config, device):
+    """diffusers' transformer of the same sizes, or None where it is not installed."""
+    try:
+        from diffusers import WanTransformer3DModel
+    except ModuleNotFoundError:
+        return None
+    return WanTransformer3DModel(num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads, in_channels=config.in_dim,
+                                 out_channels=config.out_dim, text_dim=config.prompt_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
+                                 num_layers=config.num_layers, patch_size=config.patch_size, rope_max_seq_len=1024).to(device)
+
+
+def contestants(config, latent, flags, device):
+    """name -> (forward function, parameters, text tokens): ours for video alone, ours with text, diffusers' for video alone."""
+    z_v, c = torch.randn(flags.batch, *latent, device=device), torch.randn(flags.batch, config.prompt_len, config.prompt_dim, device=device)
+    tau, y = torch.full((flags.batch,), 0.5, device=device), torch.zeros(flags.batch, config.text_len, dtype=torch.int64, device=device)
+    ours, theirs = UniViGU(config), diffusers_model(config, device)
+    options = SimpleNamespace(recompute=flags.recompute, parallel="ddp")
+    train.parallelise(ours, options, train.Machine(device, flags.bf16, flags.compile, 0, 1))
+    found = {"video": (lambda: ours(z_v, None, tau, None, c)[0].square().mean(), [p for n, p in ours.named_parameters() if not ours.is_text(n)], 0)}
+
+    def both():
+        v_v, v_t = ours(z_v, ours.embed(y), tau, tau, c)
+        return v_v.square().mean() + v_t.square().mean()
+
+    found["video + text"] = (both, list(ours.parameters()), config.text_len)
+    if theirs:
+        if flags.recompute == "full":
+            theirs.enable_gradient_checkpointing()
+        if flags.compile:
+            for block in theirs.blocks:
+                block.compile()
+        found["diffusers, video"] = (lambda: theirs(z_v, 1000 * (1 - tau), c, return_dict=False)[0].square().mean(), list(theirs.parameters()), 0)
+    return found
+
+
+def measure(step, device):
+    """Seconds of one call, and the GPU memory in GB that it peaked at."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.time()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.time() - begin, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="wan-1.3b", choices=list(PRESETS), help="sizes to start from (default: %(default)s)")
+    for name in ("dim", "ffn_dim", "text_ffn_dim", "num_heads", "num_layers", "text_len", "prompt_len", "prompt_dim", "vocab_size"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="as in train.py")
+    parser.add_argument("--latent", type=train.integers, default=(16, 21, 60, 104), help="channels, frames, rows, columns of the latent (default: 16,21,60,104)")
+    parser.add_argument("--batch", type=int, default=1, help="clips (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument("--recompute", default="none", choices=("none", "keep-attention", "full"), help="as in train.py")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, ours and diffusers'")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="as in train.py")
+    flags = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags.bf16 = flags.precision == "bf16" or flags.precision == "auto" and device.type == "cuda"
+    given = {name: value for name, value in vars(flags).items() if value is not None and name in {f.name for f in dataclasses.fields(PRESETS["toy"])}}
+    config = dataclasses.replace(PRESETS[flags.preset], **given)
+    n_v = flags.latent[1] * flags.latent[2] * flags.latent[3] // (config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {'bf16 autocast' if flags.bf16 else 'fp32'}, "
+          f"{'compiled' if flags.compile else 'eager'}, recompute {flags.recompute}: {n_v:,} video and {config.text_len} text tokens, batch {flags.batch}")
+    peak = next((value for name, value in train.PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    steps = {}
+    for name, (forward, parameters, n_t) in contestants(config, flags.latent, flags, device).items():
+        optimizer = torch.optim.Adam(parameters, lr=1e-5, fused=True)
+
+        def training(forward=forward, optimizer=optimizer):
+            with torch.autocast(device.type, torch.bfloat16, enabled=flags.bf16):
+                loss = forward()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def denoising(forward=forward):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flags.bf16):
+                forward()
+
+        flops = flags.batch * train.forward_flops(config, n_v, n_t)
+        steps |= {(name, "training"): (training, 3 * flops), (name, "denoising"): (denoising, flops)}
+    found = {key: [] for key in steps}
+    for repeat in range(flags.repeats + 1):                         # the first round warms up
+        for key, (step, _) in steps.items():
+            found[key].append(measure(step, device))
+    print(f"{'':34}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'GB':>7}")
+    for (name, kind), runs in found.items():
+        seconds, memory = statistics.median(s for s, _ in runs[1:]), max(m for _, m in runs[1:])
+        rate = steps[name, kind][1] / seconds
+        print(f"{name + ', ' + kind + ' step':34}{seconds:9.3f}{rate / 1e12:9.2f}{rate / peak if peak else float('nan'):7.1%}{memory:7.1f}")
+
+
+if __name__ == "__main__":
+    main()

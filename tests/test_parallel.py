@@ -1,0 +1,167 @@
+"""train.py under torchrun, on CPU with gloo: the same numbers as one process, and every way of being stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from test_train import MODEL
+
+ROOT = Path(train.__file__).parent
+RUN = [*MODEL, *("--stages recall,refine --clocks independent --batch 4 --micro-batch 2 --recall-steps 8 --refine-steps 12 --recall-optimizer adam --refine-optimizer adam --recall-lr 0.003 "
+                 "--refine-lr 0.003 --warmup 2 --log-every 1 --save-every 5 --eval-clips 0 --compile no --device cpu --precision fp32 --keep 9").split()]
+
+
+def start(out, *flags, ranks=1, restarts=0):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--master-port", str(20000 + os.getpid() % 20000)]
+    command = [sys.executable, *(torchrun if ranks > 1 or restarts else []), str(ROOT / "train.py"), *RUN, "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def lines(out):
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(out, step, process):
+    """Until the run has logged `step`."""
+    for _ in range(600):
+        if len(lines(out)) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def assert_same_losses(found, wanted, rel=3e-4):
+    assert [line["step"] for line in found] == [line["step"] for line in wanted] == list(range(1, 21))
+    for a, b in zip(found, wanted):
+        for name, factor in (("loss", 1), ("video", 1), ("text", 1), ("grad_norm", 10)):
+            assert a[name] == pytest.approx(b[name], rel=rel * factor, abs=2e-6 if rel else 0), (a["step"], name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    finish(start(out))
+    return out
+
+
+@pytest.mark.parametrize("flags", [["--parallel", "ddp"], ["--parallel", "fsdp"], ["--parallel", "fsdp", "--shard-within", "1"], ["--recompute", "full"],
+                                   ["--recompute", "keep-attention"]], ids=" ".join)
+def test_two_processes_give_the_losses_of_one(flags, one, tmp_path):
+    output = finish(start(tmp_path / "run", *flags, ranks=2 if "--parallel" in flags else 1))
+    assert "--parallel" not in flags or f"2 processes, {flags[1]}" in output
+    assert_same_losses(lines(tmp_path / "run"), lines(one))
+    a, b = (train.UniViGU.from_pretrained(folder / "refine").state_dict() for folder in (tmp_path / "run", one))
+    assert max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-3)).item() for name in a) < 0.01     # Adam magnifies gradients near zero
+
+
+@pytest.mark.parametrize("first, then", [(dict(ranks=2, flags=["--parallel", "fsdp"]), dict(ranks=1, flags=[])),
+                                         (dict(ranks=1, flags=[]), dict(ranks=2, flags=["--parallel", "ddp"])),
+                                         (dict(ranks=2, flags=["--parallel", "ddp"]), dict(ranks=2, flags=["--parallel", "fsdp"]))],
+                         ids=["fsdp to one", "one to ddp", "ddp to fsdp"])
+def test_a_run_goes_on_with_other_processes(first, then, one, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, *first["flags"], "--save-every", "4", ranks=first["ranks"])
+    wait_for(out, 7, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    saved = train.checkpoints(out)[-1][0]
+    assert 7 <= saved <= 20
+    finish(start(out, *then["flags"], "--resume", ranks=then["ranks"]))
+    assert_same_losses(lines(out), lines(one))
+
+
+def test_sigterm_saves_and_ends_cleanly_and_the_run_goes_on_bit_for_bit(one, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--save-every", "1000")
+    wait_for(out, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    step = int(re.search(r"stopped at step (\d+), saved", output)[1])
+    assert train.checkpoints(out)[-1][0] == step < 20
+    finish(start(out, "--resume"))
+    assert (out / "refine" / "model.safetensors").read_bytes() == (one / "refine" / "model.safetensors").read_bytes()
+    assert_same_losses(lines(out), lines(one), rel=0)
+
+
+def test_a_process_that_dies_is_started_again_by_torchrun_and_loses_only_the_steps_since_the_checkpoint(one, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--parallel", "ddp", ranks=2, restarts=1)
+    wait_for(out, 12, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    finish(process)
+    assert_same_losses(lines(out), lines(one))
+
+
+def test_the_time_limit_saves_and_ends(tmp_path):
+    output = finish(start(tmp_path / "run", "--time-limit", "0.0001"))
+    assert "stopped at step 1, saved; --resume goes on" in output and train.checkpoints(tmp_path / "run")[-1][0] == 1
+
+
+@pytest.mark.parametrize("stage_steps, allowed, finishes", [({3, 9}, 2, True), ({3, 4, 9}, 2, False)])
+def test_a_sample_that_is_no_number_is_left_out_and_named(stage_steps, allowed, finishes, tmp_path, monkeypatch, capsys):
+    """One clip is NaN in some steps: the step changes nothing, its clips are named, and too many of them stop the run."""
+    import toy
+
+    real = toy.Shapes.__getitems__
+
+    def spoilt(self, indices):
+        batch = real(self, indices)
+        for row, index in enumerate(indices):
+            if index % 4 == 1 and index // 4 in stage_steps:
+                batch["z_v"][row] = float("nan")
+        return batch
+
+    monkeypatch.setattr(toy.Shapes, "__getitems__", spoilt)
+    flags = [*RUN, "--out", str(tmp_path / "run"), "--max-skipped", str(allowed)]
+    if finishes:
+        train.main(flags)
+        assert [line["skipped"] for line in lines(tmp_path / "run")][-1] == 1               # of stage refine: step 9
+        assert all(torch.isfinite(p).all() for p in train.UniViGU.from_pretrained(tmp_path / "run" / "refine").parameters())
+    else:
+        with pytest.raises(SystemExit, match="lower the learning rate or mend the clips"):
+            train.main([*flags, "--recall-steps", "20"])
+    assert "step 3 of stage recall is left out: its gradient is nan; its clips: [12, 13, 14, 15]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [(["--batch", "5"], ["batch is 5", "micro_batch 2"]), (["--parallel", "tensor"], ["'tensor'", "ddp"]),
+                                          (["--recompute", "some"], ["'some'", "keep-attention"]), (["--micro-batch", "3"], ["batch is 4", "micro_batch 3"])])
+def test_what_cannot_divide_is_refused_before_anything_is_made(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main([*RUN, "--out", str(tmp_path / "run"), *flags])
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and all(word in text for word in words) and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_the_papers_training(tmp_path, capsys):
+    train.main(["--dry-run", "--out", str(tmp_path / "run")])
+    text = capsys.readouterr().out
+    assert "514,328 parameters" in text and "TFLOP a step" in text and not (tmp_path / "run").exists()
+
+
+def test_flops_are_those_of_the_accounting():
+    """wan-1.3b at 33,016 tokens, facts of Wan's sizes: 82.7 + 200.9 + 3.1 TFLOP forward, with both experts of width 8960."""
+    from dataclasses import replace
+
+    config = replace(train.PRESETS["wan-1.3b"], text_ffn_dim=8960)
+    linears = 4 * 1536 * (3 * 1536 + 8960) * 30 * 33016
+    attention, cross = 4 * 33016**2 * 1536 * 30, 4 * 33016 * 512 * 1536 * 30 + 4 * 1536**2 * 512 * 30
+    assert train.forward_flops(config, 32760, 256) == pytest.approx(linears + attention + cross, rel=1e-9)
+    assert linears / 1e12 == pytest.approx(82.7, abs=0.3) and attention / 1e12 == pytest.approx(200.9, abs=0.1)
