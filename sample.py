@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -187,16 +188,19 @@ def load(flags):
     for name in ("model.safetensors", "config.json", "train.json", "world.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}: wanted a folder that train.py wrote, such as runs/toy/refine")
-    try:
-        config = Config(**json.loads((folder / "config.json").read_text()))
-        stage, state = json.loads((folder / "train.json").read_text())["stage"], json.loads((folder / "world.json").read_text())
-        kind = state["world"]
-        if kind == "wan":
-            world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
-    except Exception as error:  # truncated or foreign files fail in many ways
-        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
+    stored = read_object(folder / "config.json", {f.name for f in fields(Config)})
+    stage, state = read_object(folder / "train.json", {"stage"})["stage"], read_object(folder / "world.json", {"world"})
+    kind = state["world"]
     if kind not in ("toy", "wan"):
         raise ValueError(f"checkpoint {folder} was trained in world {kind!r}, wanted 'toy' or 'wan'")
+    if stage not in ("generator", "recall", "refine"):
+        raise ValueError(f"checkpoint {folder}: train.json has stage {stage!r}, wanted generator, recall or refine")
+    try:
+        config = Config(**stored)
+        if kind == "wan":
+            world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
+    except Exception as error:  # foreign values fail in many ways
+        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if kind == "toy":
         from toy import World
 
@@ -207,6 +211,17 @@ def load(flags):
             raise ValueError(f"checkpoint {folder}: {error}") from None
         return lambda: read_model(folder).to(device, dtype), config, world, stage
     return lambda: wan.load(folder, dtype=dtype, device=device), config, world, stage
+
+
+def read_object(path, names):
+    """A JSON file that has an object with (at least) these names. Raises ValueError, which names the file."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path.parent}: {path.name} cannot be read: {one_line(error)}") from None
+    if missing := sorted(names - set(found)) if isinstance(found, dict) else sorted(names):
+        raise ValueError(f"checkpoint {path.parent}: {path.name} lacks {', '.join(missing)}: wanted what train.py wrote")
+    return found
 
 
 def read_model(folder):
@@ -284,6 +299,8 @@ def describe(flags, make_model, world, shape, size, options):
         raise ValueError(f"--out {flags.out} is a folder, wanted a text file")
     if flags.out:
         check_folder(flags.out)
+    if flags.video == "":
+        raise ValueError("--video is empty, wanted a file")
     videos = [Path(flags.video)] if flags.video else sorted(f for f in list_folder(flags.videos) if f.suffix.lower() in world.endings)
     if not videos:
         raise ValueError(f"--videos {flags.videos} holds no {', '.join(world.endings)}")
@@ -304,12 +321,12 @@ def describe(flags, make_model, world, shape, size, options):
         z_v = z_v.to(next(model.parameters()).device)
         caption = world.tokenizer.decode(understand(model, z_v, generator=generator, **options).cpu())[0]
         line = caption if flags.video else json.dumps({"video": video.name, "caption": caption}, ensure_ascii=False)
+        print(line, flush=True)
         if flags.out:
             Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
             with open(flags.out, "a" if written else "w") as file:
                 file.write(line + "\n")
         written += 1
-        print(line, flush=True)
     if not written:
         raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(videos)}")
 
@@ -327,6 +344,9 @@ def draw(flags, make_model, world, shape, size, options):
     check_out(names[0] if flags.out or flags.out is None else "")
     rows = read_rows(out / "index.jsonl") if flags.prompts else []
     done = {(row["video"], row["prompt"]) for row in rows if (out / row["video"]).exists()}
+    wanted = {name.name: prompt for name, prompt in zip(names, prompts)}
+    if other := [row["video"] for row in rows if wanted.get(row["video"], row["prompt"]) != row["prompt"]]:
+        raise ValueError(f"--out {out} has {other[0]} of another prompt than --prompts {flags.prompts}: wanted the same prompts, to go on, or a new folder")
     texts = [caption_tokens(flags, world, prompt) for prompt in prompts]
     negative = world.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     *embeddings, c_null = embed(world, [*prompts, negative])        # before the model is there: both may not fit
@@ -396,13 +416,17 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--prompts {path} is not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"--prompts {path} cannot be read: {error.strerror}, wanted a text file") from None
 
 
 # ---------------------------------------------------------------- flags
 
 def rows_by_columns(text):
     """"480x832" -> (480, 832)."""
-    rows, columns = text.split("x")
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, wanted ROWSxCOLUMNS such as 480x832")
     return int(rows), int(columns)
 
 
@@ -449,6 +473,8 @@ def main(argv=None):
         run(flags)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"sample.py: error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -591,7 +591,7 @@ def check(train):
     for name in ("batch", "log_every", "save_every", "keep", *(f"{stage}_steps" for stage in STAGES)):
         if getattr(train, name) < 1:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted at least 1")
-    for name, low, high in (("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
+    for name, low, high in (("batch", 1, 10**6), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
                             ("time_limit", 0, 10**6), ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
                             ("seed", 0, 10**9), ("clip", 1e-9, 1e9), ("adam_lr", 0, 10), *((f"{s}_lr", 0, 10) for s in STAGES)):
         if not low <= getattr(train, name) <= high:
@@ -701,4 +701,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,4 +6,4 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # plain `pytest` finds th
 
 def pytest_configure(config):
     config.option.reportchars += "s"  # without requirements-wan.txt the tests of wan/ are skipped: say so, and why
-    config.addinivalue_line("markers", 'slow: trains the toy for minutes; leave out with -m "not slow"')
+    config.addinivalue_line("markers", 'slow: trainings, processes, the real world; leave out with -m "not slow"')

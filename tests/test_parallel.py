@@ -15,6 +15,8 @@ import torch
 import train
 from test_train import MODEL
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train.__file__).parent
 RUN = [*MODEL, *("--stages recall,refine --clocks independent --batch 4 --micro-batch 2 --recall-steps 8 --refine-steps 12 --recall-optimizer adam --refine-optimizer adam --recall-lr 0.003 "
                  "--refine-lr 0.003 --warmup 2 --log-every 1 --save-every 5 --eval-clips 0 --compile no --device cpu --precision fp32 --keep 9").split()]
@@ -98,16 +100,6 @@ def test_sigterm_saves_and_ends_cleanly_and_the_run_goes_on_bit_for_bit(one, tmp
     finish(start(out, "--resume"))
     assert (out / "refine" / "model.safetensors").read_bytes() == (one / "refine" / "model.safetensors").read_bytes()
     assert_same_losses(lines(out), lines(one), rel=0)
-
-
-def test_a_process_that_dies_is_started_again_by_torchrun_and_loses_only_the_steps_since_the_checkpoint(one, tmp_path):
-    out = tmp_path / "run"
-    process = start(out, "--parallel", "ddp", ranks=2, restarts=1)
-    wait_for(out, 12, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    finish(process)
-    assert_same_losses(lines(out), lines(one))
 
 
 def test_the_time_limit_saves_and_ends(tmp_path):

@@ -23,6 +23,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: E402
 from wan import codec as module  # noqa: E402
 from wan.codec import Codec, PromptEncoder, Tokenizer, clean  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 VAE_CONFIG, UMT5_CONFIG = "vae/config.json", "text_encoder/config.json"
 VAE, UMT5, WORDS = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"
 TEXTS = ["a red square moves slowly across the sky", "", "night", "the small dog, 3 cats & a bird: \"under the tree\" at 7.30 [static shot]"]

@@ -27,6 +27,8 @@ from wan import caption, data, prepare  # noqa: E402
 from wan.codec import Codec, PromptEncoder, Tokenizer  # noqa: E402
 from wan.data import Shards, World  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle"
 CAPTION = "a large red circle moves right on a black background"
 

@@ -20,6 +20,8 @@ from univigu import Config, UniViGU  # noqa: E402
 from wan import prepare  # noqa: E402
 from wan.weights import PUBLISHED, rename  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SIZE = ["--size", "32x48", "--frames", "9", "--steps", "3"]
 PROMPTS = ["a red ball moves right", "a blue box moves up", "a green cat"]
 

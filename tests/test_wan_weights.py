@@ -21,6 +21,8 @@ from univigu import PRESETS, Config, UniViGU, generate, joint, sinusoid, underst
 from wan import weights
 from wan.weights import export, load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 L = 7                                                               # prompt tokens; Wan has 512
 SMALL = dict(prompt_len=L, vocab_size=29, text_len=6)               # what a tiny checkpoint cannot say itself
