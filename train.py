@@ -646,7 +646,7 @@ def main(argv=None):
         world = make_world(train.data, train.seed, train.vocabulary)
         world.check(config)
         if flags.dry_run:
-            return estimate(train, config, world)
+            return None if int(os.environ.get("RANK", 0)) else estimate(train, config, world)
         machine = join_processes(train)
         last = checkpoints(train.out)[-1] if flags.resume else None
         source = last[1] if last else train.init
