@@ -11,13 +11,17 @@ A checkpoint is a folder that train.py wrote, or, of the real world, Wan2.1 or t
 Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a folder of PNG frames.
 """
 
+import sys
+
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
+
 import argparse
 import contextlib
 import json
 import os
 import re
 import shutil
-import sys
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -100,21 +104,24 @@ def one_line(error):
 def check_out(path):
     """Raises ValueError where a video cannot be written, before it is made."""
     path = Path(path)
-    if path.suffix not in FORMATS or not path.name:
+    if path.suffix not in FORMATS or path.name in FORMATS:
         raise ValueError(f"--out is {str(path)!r}, wanted a name that ends in .gif, .mp4 or .npy, or has no ending, for a folder of PNG frames")
-    if not path.suffix and path.exists() and not (path.is_dir() and all(f.suffix == ".png" for f in path.iterdir())):
-        raise ValueError(f"--out {path} exists and is not a folder of PNG frames")
-    if path.suffix and path.is_dir():
-        raise ValueError(f"--out {path} is a folder, wanted a file")
     check_folder(path)
+    if path.exists() and (path.is_dir() if path.suffix else not (path.is_dir() and all(f.suffix == ".png" for f in path.iterdir()))):
+        raise ValueError(f"--out {path} exists and is not a {'file' if path.suffix else 'folder of PNG frames'}")
 
 
 def check_folder(path):
-    """Raises ValueError where an output file cannot be written; makes nothing yet."""
-    path = Path(path).absolute()
-    folder = next(folder for folder in path.parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {path}: {folder} is {'a folder without write permission' if folder.is_dir() else 'no folder'}")
+    """Raises ValueError where an output file cannot be written: tries it, in a folder of its own, and leaves nothing."""
+    path = Path(os.path.abspath(path))
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as trial:
+            trial = Path(trial) / path.relative_to(folder)
+            trial.parent.mkdir(parents=True, exist_ok=True)
+            trial.with_name(f".part-{path.name}").touch()
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written in {folder}: {error.strerror}") from None
 
 
 def write_video(path, frames, fps=8):
@@ -204,6 +211,8 @@ def load(flags):
     if kind == "toy":
         from toy import World
 
+        if flags.wan:
+            raise ValueError(f"--wan is {flags.wan!r}, but checkpoint {folder} is of the toy, which has no use for it")
         world = World()
         try:
             world.check(config)
@@ -240,27 +249,29 @@ def choose_device(name):
     return device
 
 
-def estimate(config, world, shape, mode, options, flags, device):
-    """Prints what a sample will take, without loading weights. FLOPs: 2 per multiply-add."""
+def estimate(config, world, shape, options, flags, device, samples):
+    """Prints what so many samples will take, without loading weights. FLOPs: 2 per multiply-add."""
     n_v = shape[1] * shape[2] * shape[3] // (config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
-    n_t = 0 if mode == "generate" and flags.stage == "generator" else config.text_len
+    n_t = 0 if flags.mode == "generate" and flags.stage == "generator" else config.text_len
     n, d = n_v + n_t, config.dim
     linears = 4 * d * d * 3 * n + 4 * d * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
     forward = config.num_layers * (linears + 4 * n * n * d + 4 * n * config.prompt_len * d)
-    passes = options["steps"] * (1 if options["guidance"] == 1 else 3 if mode == "joint" else 2)
+    passes = options["steps"] * (1 if options["guidance"] == 1 else 3 if flags.mode == "joint" else 2)
+    shift = options.get("shift", config.text_shift if flags.mode == "understand" else 1)     # else the samplers' own
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UniViGU(config).parameters())
-    bytes_each = 2 if device.type == "cuda" else 4
-    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    bytes_each, side, dtype = (2, 2048, torch.bfloat16) if device.type == "cuda" else (4, 1024, torch.float32)
+    x = torch.randn(side, side, device=device, dtype=dtype)
     for repeats in (2, 20):                                         # the first round warms up
         begin = time.time()
         for _ in range(repeats):
             y = x @ x
         y.sum().item()
-    rate = 20 * 2 * 2048**3 / (time.time() - begin)
+    rate = 20 * 2 * side**3 / (time.time() - begin)
     print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
     print(f"{parameters:,} parameters, {parameters * bytes_each / 1e9:.1f} GB of weights, about {passes // options['steps'] * n * d * 40 * bytes_each / 1e9:.1f} GB of activations")
-    print(f"{passes} passes of {forward / 1e12:.2f} TFLOP: about {passes * forward / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
+    print(f"{options['steps']} steps, guidance {options['guidance']:g}, shift {shift:g}: {passes} passes of {forward / 1e12:.2f} TFLOP")
+    print(f"{samples} to do: about {samples * passes * forward / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
     if not world.fixed_size:
         print("beside that, one after the other and not while the model works: umT5 (real: 11 GB in bf16) and the VAE (real: 0.5 GB and the frames)")
 
@@ -270,42 +281,57 @@ def estimate(config, world, shape, mode, options, flags, device):
 def run(flags):
     """One of the three modes, from flags to printed captions and written files."""
     make_model, config, world, flags.stage = load(flags)
-    flags.unpadded = config.latents == "raw"                        # the published weights, or what was trained from them
+    flags.published = config.latents == "raw"                       # the published weights, or what was trained from them
     if flags.stage == "generator" and flags.mode != "generate":
         raise ValueError(f"checkpoint {flags.checkpoint} is of stage generator, which knows no text yet; wanted recall or refine")
-    options = dict(world.sampling[flags.mode]) | {name: getattr(flags, name) for name in ("steps", "guidance", "shift") if getattr(flags, name) is not None}
     frames, rows, columns = world.frame_shape[1:]
     size = (flags.frames or frames, *(flags.size or (rows, columns)))
     if world.fixed_size and size != (frames, rows, columns):
         raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, but this checkpoint has {frames} of {rows}x{columns}")
-    if world.fixed_size:
-        shape = world.shape
-    elif min(size) < 1 or size[0] % 4 != 1 or size[1] % 16 or size[2] % 16:
+    if not world.fixed_size and (min(size) < 1 or size[0] % 4 != 1 or size[1] % 16 or size[2] % 16):
         raise ValueError(f"--frames and --size ask for {size[0]} frames of {size[1]}x{size[2]}, wanted 4n + 1 frames, rows and columns that are multiples of 16")
-    else:
-        shape = (config.in_dim, 1 + size[0] // 4, size[1] // 8, size[2] // 8)
-        if size[1] * size[2] > 480 * 832 and "shift" in options and flags.shift is None:
-            options["shift"] = 5.0                                  # Wan's own choice for 720p
+    shape = world.shape if world.fixed_size else (config.in_dim, 1 + size[0] // 4, size[1] // 8, size[2] // 8)
+    large, options = size[1] * size[2] > 480 * 832, dict(world.sampling[flags.mode])
+    if flags.mode == "generate" and not world.fixed_size:           # what Wan recommends for each of its models
+        if flags.stage == "generator" and config.dim == 1536:       # the 1.3B
+            options |= dict(guidance=6.0, shift=8.0)
+        elif large:
+            options["shift"] = 5.0
+    options |= {name: getattr(flags, name) for name in ("steps", "guidance", "shift") if getattr(flags, name) is not None}
+    if options["guidance"] == 1 and getattr(flags, "negative_prompt", None):
+        raise ValueError("--negative-prompt has no effect at guidance 1, wanted another --guidance")
+    work = (to_describe if flags.mode == "understand" else to_draw)(flags, world)
     if flags.dry_run:
-        return estimate(config, world, shape, flags.mode, options, flags, choose_device(flags.device))
-    if size[1] * size[2] > 480 * 832:
+        return estimate(config, world, shape, options, flags, choose_device(flags.device), len(work))
+    if work and large:
         world.codec.vae.enable_tiling()                             # in fp32, frames of 720p may not fit
-    return (describe if flags.mode == "understand" else draw)(flags, make_model, world, shape, size, options)
+    if work:
+        (describe if flags.mode == "understand" else draw)(flags, make_model, world, shape, size, options, work)
 
 
-def describe(flags, make_model, world, shape, size, options):
-    """understand: prints the caption of a video, or writes those of a folder as JSON lines."""
-    if flags.out and Path(flags.out).is_dir():
-        raise ValueError(f"--out {flags.out} is a folder, wanted a text file")
+def to_describe(flags, world):
+    """What understand has to do: [(number, video), ...], without those that --out has the caption of. Raises ValueError where it cannot be done."""
+    if "" in (flags.video, flags.videos):
+        raise ValueError("--video or --videos is empty, wanted a path")
+    if flags.out and (os.path.isdir(flags.out) or Path(flags.out).suffix.lower() in (*world.endings, ".npy")):
+        raise ValueError(f"--out {flags.out} is a folder or named as a video, wanted a text file")
     if flags.out:
         check_folder(flags.out)
-    if flags.video == "":
-        raise ValueError("--video is empty, wanted a file")
-    videos = [Path(flags.video)] if flags.video else sorted(f for f in list_folder(flags.videos) if f.suffix.lower() in world.endings)
+    if flags.video:
+        return [(0, Path(flags.video))]
+    if not Path(flags.videos).is_dir():
+        raise ValueError(f"--videos {flags.videos} is no folder")
+    videos = sorted(f for f in Path(flags.videos).iterdir() if f.suffix.lower() in world.endings)
     if not videos:
         raise ValueError(f"--videos {flags.videos} holds no {', '.join(world.endings)}")
-    model, written = None, 0
-    for i, video in enumerate(videos):
+    done = {row["video"] for row in read_rows(flags.out, "video", "caption")} if flags.out else ()
+    return [(i, video) for i, video in enumerate(videos) if video.name not in done]
+
+
+def describe(flags, make_model, world, shape, size, options, work):
+    """understand: prints the caption of a video, or those of a folder as JSON lines, and writes them to --out."""
+    model = None
+    for i, video in work:
         try:
             as_it_is = world.fixed_size or video.is_dir() or video.suffix == ".npy"
             frames = read_video(video, size) if as_it_is else world.read_video(video, size[0], [size[1:]] if flags.size else world.frame_sizes)
@@ -320,60 +346,63 @@ def describe(flags, make_model, world, shape, size, options):
         generator = torch.Generator().manual_seed(flags.seed + i)
         z_v = z_v.to(next(model.parameters()).device)
         caption = world.tokenizer.decode(understand(model, z_v, generator=generator, **options).cpu())[0]
-        line = caption if flags.video else json.dumps({"video": video.name, "caption": caption}, ensure_ascii=False)
-        print(line, flush=True)
+        row = {"video": video.name, "caption": caption}
+        print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out:
             Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-            with open(flags.out, "a" if written else "w") as file:
-                file.write(line + "\n")
-        written += 1
-    if not written:
-        raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(videos)}")
+            Path(flags.out).write_text(caption + "\n", encoding="utf-8") if flags.video else append(flags.out, row)
+    if model is None and not (flags.out and Path(flags.out).exists()):
+        raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(work)}")
 
 
-def draw(flags, make_model, world, shape, size, options):
-    """generate and joint: writes the video of a prompt, or those of a file of prompts with their index.jsonl; prints joint's captions."""
-    prompts = [flags.prompt] if flags.prompt is not None else [line.strip() for line in read_text(flags.prompts).splitlines() if line.strip()]
+def to_draw(flags, world):
+    """What generate and joint have to do: [(number, prompt, file), ...], without those that an earlier run drew. Raises ValueError where it cannot be done."""
+    ending = ".gif" if world.fixed_size else ".mp4"
+    if flags.prompt is not None:
+        name = flags.mode + ending if flags.out is None else flags.out
+        check_out(name)
+        return [(0, flags.prompt, Path(name))]
+    try:
+        prompts = [line.strip() for line in Path(flags.prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--prompts {flags.prompts} cannot be read as UTF-8 text: {one_line(error)}") from None
     if not prompts:
         raise ValueError(f"--prompts {flags.prompts} is empty, wanted a prompt a line")
-    ending = ".gif" if world.fixed_size else ".mp4"
-    if flags.prompts and not flags.out:
+    if not flags.out:
         raise ValueError("--prompts needs --out, the folder for the videos")
-    out = Path(flags.mode + ending if flags.out is None else flags.out)
-    names = [out] if flags.prompt is not None else [out / f"{i:05d}{ending}" for i in range(len(prompts))]
-    check_out(names[0] if flags.out or flags.out is None else "")
-    rows = read_rows(out / "index.jsonl") if flags.prompts else []
-    done = {(row["video"], row["prompt"]) for row in rows if (out / row["video"]).exists()}
-    wanted = {name.name: prompt for name, prompt in zip(names, prompts)}
+    out = Path(flags.out)
+    work = [(i, prompt, out / f"{i:05d}{ending}") for i, prompt in enumerate(prompts)]
+    check_out(work[0][2])
+    wanted, rows = {name.name: prompt for _, prompt, name in work}, read_rows(out / "index.jsonl", "video", "prompt")
     if other := [row["video"] for row in rows if wanted.get(row["video"], row["prompt"]) != row["prompt"]]:
         raise ValueError(f"--out {out} has {other[0]} of another prompt than --prompts {flags.prompts}: wanted the same prompts, to go on, or a new folder")
-    texts = [caption_tokens(flags, world, prompt) for prompt in prompts]
+    done = {row["video"] for row in rows if (out / row["video"]).exists()}
+    return [(i, prompt, name) for i, prompt, name in work if name.name not in done]
+
+
+def draw(flags, make_model, world, shape, size, options, work):
+    """generate and joint: writes the video of a prompt, or those of a file of prompts with their index.jsonl; prints joint's captions."""
+    texts = [caption_tokens(flags, world, prompt) for _, prompt, _ in work]
     negative = world.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
-    *embeddings, c_null = embed(world, [*prompts, negative])        # before the model is there: both may not fit
+    *embeddings, c_null = embed(world, [*(prompt for _, prompt, _ in work), negative])       # before the model is there: both may not fit
     with contextlib.redirect_stdout(sys.stderr):                    # what is said while loading is no part of a caption
         model = make_model().eval()
     device, pad = next(model.parameters()).device, lambda c: F.pad(c, (0, 0, 0, model.config.prompt_len - c.shape[1]))
     if not world.fixed_size and len(world.tokenizer) > model.config.vocab_size:
         raise ValueError(f"checkpoint {flags.checkpoint} knows {model.config.vocab_size} tokens, but its tokenizer has {len(world.tokenizer)}")
-    for i, (prompt, c, y, name) in enumerate(zip(prompts, embeddings, texts, names)):
-        if (name.name, prompt) in done:
-            continue                                                # an earlier run of the same command drew it
-        common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i))
-        if negative and options["guidance"] != 1:
-            common["c_null"] = pad(c_null).to(device)
-        c = pad(c)
-        row = {"video": name.name, "prompt": prompt}
+    for (i, prompt, name), c, y in zip(work, embeddings, texts):
+        common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i), c_null=pad(c_null).to(device))
+        c, row = pad(c).to(device), {"video": name.name, "prompt": prompt}
         if flags.mode == "generate":
-            z_v = generate(model, None if y is None else y.to(device), c.to(device), shape, **common)
+            z_v = generate(model, None if y is None else y.to(device), c, shape, keep_text=flags.published, **common)
         else:
-            z_v, y_hat = joint(model, c.to(device), shape, **common)
+            z_v, y_hat = joint(model, c, shape, **common)
             row["caption"] = world.tokenizer.decode(y_hat.cpu())[0]
             print(row["caption"], flush=True)
         write_video(name, world.codec.decode(z_v), world.fps)
         print(f"wrote {name}", file=sys.stderr)
         if flags.prompts:
-            with open(out / "index.jsonl", "a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append(name.with_name("index.jsonl"), row)
 
 
 def embed(world, prompts):
@@ -382,10 +411,30 @@ def embed(world, prompts):
     return [row[:max(1, int(row.any(-1).sum()))].clone()[None] for row in rows]
 
 
-def read_rows(path):
-    """The complete lines of a JSONL file that an earlier run wrote, parsed; none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def read_rows(path, *names):
+    """The rows of a JSONL file that an earlier run wrote, but for a last line that was cut short; none where there is no file.
+    Raises ValueError for a file of anything but objects with strings of these names."""
+    path = Path(path)
+    try:
+        *lines, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row[name], str) for row in rows for name in names) or rest[:1] not in ("", "{"):
+            raise TypeError
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"--out: {path} is not what an earlier run wrote, wanted lines of JSON with {' and '.join(names)}, to go on, or a new place") from None
+    if rows:
+        print(f"{path} has {len(rows)} already: they stay as they are", file=sys.stderr)
+    return rows
+
+
+def append(path, row):
+    """Adds a row to a JSONL file, unless it is there, in the place of a last line that was cut short."""
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with open(path, "ab+") as file:
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write(b"" if line in text else line)
 
 
 def caption_tokens(flags, world, prompt):
@@ -400,53 +449,37 @@ def caption_tokens(flags, world, prompt):
     if not text.split():
         raise ValueError("--prompt is empty: wanted words there or in --caption")
     y = world.tokenizer.encode([text])
-    return y[:, :int((y != 0).sum())] if flags.unpadded else y      # the published weights do not look at padding
-
-
-def list_folder(path):
-    """The files of a folder. Raises ValueError where there is none."""
-    if not Path(path).is_dir():
-        raise ValueError(f"--videos {path} is no folder")
-    return Path(path).iterdir()
-
-
-def read_text(path):
-    """A UTF-8 file. Raises ValueError for one that is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {path} is not UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"--prompts {path} cannot be read: {error.strerror}, wanted a text file") from None
+    return y[:, :int((y != 0).sum())] if flags.published else y     # the published weights do not look at padding
 
 
 # ---------------------------------------------------------------- flags
 
 def rows_by_columns(text):
     """"480x832" -> (480, 832)."""
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, wanted ROWSxCOLUMNS such as 480x832")
-    return int(rows), int(columns)
+    if not re.fullmatch("[0-9]{1,5}x[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no size, wanted ROWSxCOLUMNS such as 480x832")
+    return tuple(map(int, text.split("x")))
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"sample.py: error: {one_line(message)}\n")          # argparse's own begins with the usage
     usage = "%(prog)s [--flag value ...]      --help lists the flags"
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for mode, about in (("understand", "video -> caption"), ("generate", "prompt -> video"), ("joint", "prompt -> video and caption")):
         sub = modes.add_parser(mode, help=about, description=about, usage=usage, allow_abbrev=False)
+        sub.error = parser.error
         sub.add_argument("--checkpoint", default="runs/toy/refine", help="folder that train.py wrote, or Wan2.1 or the published Uni-ViGU, path or hub id (default: %(default)s)")
         sub.add_argument("--wan", default="", help="folder or hub id with Wan's VAE, umT5 and tokenizer (default: the checkpoint's own)")
         what = sub.add_mutually_exclusive_group(required=True)
         if mode == "understand":
             what.add_argument("--video", help="the video to describe")
             what.add_argument("--videos", help="folder of videos to describe, one after the other")
-            sub.add_argument("--out", default="", help="text file to write the caption to as well; with --videos: {video, caption} as JSON lines")
+            sub.add_argument("--out", default="", help="text file to write the caption to as well; with --videos: {video, caption} as JSON lines, to go on with where it is")
         else:
             what.add_argument("--prompt", help='what to draw, for example "a red circle moving right"; '
                               + ("empty: --caption alone says it" if mode == "generate" else "empty: anything"))
-            what.add_argument("--prompts", help="text file, a prompt a line; --out is then a folder, which gets the videos and index.jsonl")
+            what.add_argument("--prompts", help="text file, a prompt a line; --out is then a folder, which gets the videos and index.jsonl; what is there stays")
             sub.add_argument("--out", help=f"video file to write (default: {mode}.gif, or {mode}.mp4 for the real world)")
             sub.add_argument("--negative-prompt", help="what guidance leads away from (default: Wan's; the toy has none)")
         if mode == "generate":
@@ -454,8 +487,8 @@ def parse(argv):
         sub.add_argument("--size", type=rows_by_columns, help="rows x columns of the video, multiples of 16 (default: the world's)")
         sub.add_argument("--frames", type=int, help="frames of the video, 4n + 1 (default: the world's)")
         sub.add_argument("--steps", type=int, help="solver steps (default: the world's)")
-        sub.add_argument("--shift", type=float, help="warp of the solver's times, above 1 = longer near noise (default: the world's)")
-        sub.add_argument("--guidance", type=float, help="1 = conditional, 0 = unconditional, above 1 = exaggerated (default: the world's)")
+        sub.add_argument("--shift", type=float, help="warp of the solver's times, above 1 = longer near noise (default: the world's, or Wan's for its model and size)")
+        sub.add_argument("--guidance", type=float, help="1 = conditional, 0 = unconditional, above 1 = exaggerated (default: the world's, or Wan's for its model)")
         sub.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0); sample number i of many has seed + i")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
         sub.add_argument("--dry-run", action="store_true", help="print sizes, memory and time, load no weights")
@@ -463,7 +496,9 @@ def parse(argv):
     for name, low, high in (("steps", 1, 10000), ("guidance", -100, 100), ("seed", 0, 2**62), ("shift", 1e-3, 1e3), ("frames", 1, 10**5)):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
-            parser.exit(2, f"sample.py: error: --{name} is {value}, wanted {low} to {high}\n")
+            parser.error(f"--{name} is {value}, wanted {low} to {high}")
+    if flags.mode == "generate" and flags.caption and flags.prompts:
+        parser.error("--caption goes with one --prompt, found --prompts")
     return flags
 
 
@@ -471,10 +506,10 @@ def main(argv=None):
     flags = parse(argv)
     try:
         run(flags)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         sys.exit(f"sample.py: error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,29 +9,38 @@
 The stages are one loop with other values (see STAGES): what the text's target is, how many steps, which optimizer.
 """
 
+import sys
+
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
+
 import argparse
+import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
-import sys
+import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import wan
@@ -48,7 +57,7 @@ RECIPES = {"default": {}, "paper": dict(clocks="independent", text_shift=1.0, te
 
 # What data other than the toy changes: a pretrained generator is there, and the paper's settings (section 3.3) are the defaults.
 REAL = RECIPES["paper"] | dict(stages="recall,refine", batch=1, recall_steps=40_000, refine_steps=60_000, recall_lr=2e-4, refine_lr=5e-5, warmup=1000, decay=0.0,
-                               save_every=1000, eval_clips=16)
+                               save_every=1000, eval_clips=16, workers=2)
 
 
 @dataclass
@@ -92,10 +101,15 @@ class Train:
     compile: str = option("auto", "torch.compile of the blocks: 'yes', 'no', or 'auto': where a run is long enough to pay for it")
     workers: int = option(0, "processes per GPU that prepare batches ahead")
     max_skipped: int = option(10, "steps whose loss or gradient was not finite, and which are left out, before the run stops")
+    ema: float = option(0.0, "decay of an exponential moving average of the weights, for example 0.999; kept in each checkpoint as ema/. 0 = none")
     time_limit: float = option(0.0, "minutes after which the run saves and ends, to be resumed; 0 = none")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     save_every: int = option(250, "steps between checkpoints")
     keep: int = option(1, "checkpoints to keep beside those at the stages' ends")
+    async_save: str = option("no", "'yes': checkpoints are written by a thread, from copies in memory, while training goes on")
+    track: str = option("none", "where else the log goes: 'tensorboard' (OUT/tensorboard) or 'wandb', if installed")
+    val_every: int = option(0, "steps between evaluations of val_clips clips in OUT/val, with the same clips, clocks and noise each time. 0 = none")
+    val_clips: int = option(16, "clips of such an evaluation, per split")
     eval_clips: int = option(512, "clips per evaluation and split; 0 skips the evaluation")
 
 
@@ -109,6 +123,8 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if getattr(self, "found_inf", 0):
+            return                                                  # as Adam, which looks on the device; the toy can afford to wait for it
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -162,11 +178,12 @@ class Meter:
         self.loss = torch.zeros(2, device=device, dtype=torch.float64)                       # sum, count
 
     def add(self, loss, parts):
-        self.loss += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+        """What is not finite is left out, as its step will be."""
+        self.loss += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite()]).double()
         for i, (name, m) in enumerate((("video", "v"), ("text", "t"))):
             if name in parts:
-                decile = (parts[f"tau_{m}"] * 10).long().clamp(max=9)
-                self.sums[i].index_add_(1, decile, torch.stack([parts[name] * parts[f"on_{m}"], parts[f"on_{m}"]]).double())
+                decile, counts = (parts[f"tau_{m}"] * 10).long().clamp(max=9), parts[f"on_{m}"] * parts[name].isfinite()
+                self.sums[i].index_add_(1, decile, torch.stack([parts[name].nan_to_num(0, 0, 0) * counts, counts]).double())
 
     def read(self, ranks=1):
         """The figures of all processes as a dict, and an empty meter again."""
@@ -186,42 +203,98 @@ class Meter:
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # all of it, gathered by process 0: any number of processes may load it
 
 
-def save(folder, model, world, train, machine, state, optimizers, meter):
-    """Writes a checkpoint beside `folder`, then renames it: a folder with its final name is always complete."""
-    folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part")
-    weights, states = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizers, options=WHOLE)
-    sums = {"sums": meter.sums, "loss": meter.loss}
-    if machine.ranks > 1:
-        dist.all_reduce(sums["sums"]), dist.all_reduce(sums["loss"])
-    if machine.rank == 0:
+class Average:
+    """Exponential moving average of a model's weights. Each process averages what it holds of them."""
+
+    def __init__(self, model, decay):
+        self.decay, self.weights = decay, [local(p) for p in model.parameters()]
+        self.mean = [w.clone() for w in self.weights]
+
+    def update(self):
+        """mean <- decay mean + (1 - decay) weights."""
+        torch._foreach_lerp_(self.mean, self.weights, 1 - self.decay)
+
+    @contextmanager
+    def in_place(self):
+        """Within, the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for w, m in zip(self.weights, self.mean):
+            kept = w.clone()
+            w.copy_(m), m.copy_(kept)
+
+
+def local(p):
+    """What this process holds of a parameter, without gradient: all of it, or with FSDP its shard."""
+    return (p.to_local() if hasattr(p, "to_local") else p).detach()
+
+
+class Saver:
+    """Writes checkpoints beside their place, then renames them: a folder with its final name is always complete. With async_save, a thread
+    writes, from copies, while training goes on; what goes wrong there is raised at the next save or at the end."""
+
+    def __init__(self, world, train, machine):
+        self.world, self.train, self.machine, self.thread, self.pending = world, train, machine, ThreadPoolExecutor(1), None
+
+    def wait(self):
+        """Until the last checkpoint is complete. Raises what its writing raised."""
+        pending, self.pending = self.pending, None
+        return pending and pending.result()
+
+    def save(self, name, model, state, optimizers, meter, average):
+        """Called by all processes; process 0 writes OUT/name. state: what train.json says beside the configuration."""
+        self.wait()
+        if self.machine.ranks > 1:
+            dist.all_reduce(meter.sums), dist.all_reduce(meter.loss)
+        tensors = {"model.safetensors": get_model_state_dict(model, options=WHOLE)}
+        if average:
+            with average.in_place():
+                tensors["ema/model.safetensors"] = copy.deepcopy(get_model_state_dict(model, options=WHOLE))
+        training = {"optimizers": get_optimizer_state_dict(model, optimizers, options=WHOLE), "meter": {"sums": meter.sums.clone(), "loss": meter.loss.clone()}}
+        if self.machine.rank > 0:
+            meter.sums.zero_(), meter.loss.zero_()                  # process 0 has them now
+        elif self.train.async_save == "yes":
+            if self.machine.device.type == "cpu":                   # else they are copies already
+                tensors, training = copy.deepcopy((tensors, training))
+            self.pending = self.thread.submit(self.write, name, model.config, tensors, state, training)
+        else:
+            self.write(name, model.config, tensors, state, training)
+        agreed(self.machine, 0)                                     # nobody goes on before
+
+    def write(self, name, config, tensors, state, training):
+        folder, part = Path(self.train.out, name), Path(self.train.out, f".{name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        (part / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
-        torch.save({"optimizers": states, "meter": sums}, part / "training_state.pt")
-        (part / "world.json").write_text(json.dumps(world.state, indent=1))                  # what sample.py needs to know beside the model
-        (part / "train.json").write_text(json.dumps({"train": dataclasses.asdict(train), **state}, indent=1))
+        texts = {"config.json": dataclasses.asdict(config), "world.json": self.world.state,            # world.json: what sample.py needs beside the model
+                 "train.json": {"train": dataclasses.asdict(self.train), **state}}
+        for file, weights in tensors.items():
+            (part / file).parent.mkdir(parents=True)
+            save_file(weights, part / file, metadata={"format": "pt"})
+            for text, values in texts.items():
+                (part / file).with_name(text).write_text(json.dumps(values, indent=1))
+        torch.save(training, part / "training_state.pt")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-        for _, old in [c for c in checkpoints(train.out) if c[1].name.startswith("step-")][: -train.keep]:
+        for _, old in [c for c in checkpoints(self.train.out) if c[1].name.startswith("step-")][: -self.train.keep]:
             shutil.rmtree(old)
-    elif machine.ranks > 1:
-        meter.sums.zero_(), meter.loss.zero_()                      # process 0 has them now
-    if machine.rank == 0:
-        meter.sums, meter.loss = sums["sums"], sums["loss"]
-    agreed(machine, 0)                                              # nobody goes on before the checkpoint is complete
 
 
-def restore(folder, model, optimizers, meter, machine):
-    """The training state of a checkpoint into optimizers and meter. Raises OSError where it is damaged."""
+def restore(folder, model, optimizers, meter, average, machine):
+    """The training state of a checkpoint into optimizers, meter and average. Raises OSError where it is damaged."""
     try:
         stored = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
         set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=StateDictOptions(full_state_dict=True))
         if machine.rank == 0:
             meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
+        if average:
+            with average.in_place():
+                set_model_state_dict(model, load_file(folder / "ema" / "model.safetensors"), options=StateDictOptions(full_state_dict=True))
     except Exception as error:  # a damaged file fails in many ways
-        raise OSError(f"checkpoint {folder}: training_state.pt cannot be read ({type(error).__name__}): remove this folder "
+        raise OSError(f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): remove this folder "
                       "and --resume goes on from the checkpoint before it") from None
 
 
@@ -262,11 +335,11 @@ def start_anew(out, overwrite):
     for _, folder in old:
         shutil.rmtree(folder)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "results.json"):
+    for name in ("metrics.jsonl", "validation.jsonl", "results.json"):
         (Path(out) / name).unlink(missing_ok=True)
 
 
-def truncate_metrics(path, step):
+def truncate(path, step):
     """Drops the lines that a killed run wrote after its last checkpoint, so that the resumed run writes them again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -300,8 +373,34 @@ def join_processes(train):
     if ranks > 1:
         if kind == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        store, *_ = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":               # torchrun's agent keeps one store over restarts: else the dead processes are met there
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     return Machine(device, bf16, compile, rank, ranks)
+
+
+def preferred_attention(machine):
+    """A context in which torch takes cuDNN's attention, else FlashAttention: on Hopper the order of their speed."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True) if machine.device.type == "cuda" else nullcontext()
+
+
+def attention_kernel(config, machine):
+    """The name of the attention that torch takes for this model."""
+    q = torch.empty(1, config.num_heads, 128, config.dim // config.num_heads, device=machine.device, dtype=torch.bfloat16 if machine.bf16 else torch.float32)
+    with preferred_attention(machine):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
+
+
+def check_memory(train, config, machine):
+    """Raises ValueError where a process has less memory than its weights, gradients and Adam's moments will take, before any weights are there."""
+    parameters, copies = sizes(train, config)
+    needed, cuda = 16 * parameters / copies, machine.device.type == "cuda"
+    there = torch.cuda.get_device_properties(machine.device).total_memory if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(f"{parameters:,} parameters take {needed / 1e9:.1f} GB in each of {machine.ranks} processes (weights, gradients, Adam's moments), but "
+                         f"{machine.device} has {there / 1e9:.1f} GB: wanted more processes with --parallel fsdp, or a smaller model")
 
 
 class Objective(torch.nn.Module):
@@ -326,7 +425,7 @@ def parallelise(model, train, machine):
     objective = Objective(model.to(machine.device))
     if machine.ranks == 1:
         return objective
-    if chosen_parallel(model, train) == "ddp":
+    if chosen_parallel(sum(p.numel() for p in model.parameters()), train) == "ddp":
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters="generator" in train.stages)
     within = train.shard_within or machine.ranks
@@ -337,9 +436,16 @@ def parallelise(model, train, machine):
     return fully_shard(objective, mesh=mesh)                        # parameters and reduction in fp32; autocast makes the products bf16
 
 
-def chosen_parallel(model, train):
+def chosen_parallel(parameters, train):
     """'ddp' or 'fsdp'. Adam in fp32 takes 16 bytes a parameter: beyond two billion, a GPU is better used for activations."""
-    return train.parallel if train.parallel != "auto" else "fsdp" if sum(p.numel() for p in model.parameters()) > 2e9 else "ddp"
+    return train.parallel if train.parallel != "auto" else "fsdp" if parameters > 2e9 else "ddp"
+
+
+def sizes(train, config):
+    """How many parameters a model has, and over how many processes a copy of them is cut."""
+    with torch.device("meta"):
+        parameters, ranks = sum(p.numel() for p in UniViGU(config).parameters()), int(os.environ.get("WORLD_SIZE", 1))
+    return parameters, (train.shard_within or ranks) if chosen_parallel(parameters, train) == "fsdp" else 1
 
 
 def keep_attention():
@@ -387,14 +493,14 @@ class Stop(Exception):
     """The run was asked to end, by SIGTERM or the time limit; its checkpoint is written."""
 
 
-def run_stage(stage, objective, world, train, machine, first, start, resumed, elapsed, bar):
+def run_stage(stage, objective, world, train, machine, saver, average, first, start, resumed, elapsed, bar):
     """Trains one stage from global step `start` (>= first, the stage's first step) to its end; returns the seconds it took."""
     model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
     steps, text, device = getattr(train, f"{stage}_steps"), STAGES[stage], machine.device
     optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr, text is not None)
-    meter, log, begin, skipped = Meter(device), Log(train, machine, bar, elapsed), time.time(), []
+    meter, log, begin, guard = Meter(device), Log(train, machine, bar, elapsed), time.time(), Guard(stage, world, train)
     if resumed:
-        restore(resumed, model, optimizers, meter, machine)
+        restore(resumed, model, optimizers, meter, average, machine)
     options = dict(p_drop=train.p_drop if text else 0.1, clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None,
                    anchor=train.anchor, discrete_loss=train.discrete_loss)
     loader = iter(micro_batches(world.dataset("train"), train, machine, start, first + steps - start))
@@ -413,38 +519,83 @@ def run_stage(stage, objective, world, train, machine, first, start, resumed, el
                     loss, parts = objective(batch["z_v"], batch[text] if text else None, batch["c"], options | {"generator": generator})
                     (loss / micros).backward()
             meter.add(loss, parts)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()         # the same in all processes
-        if math.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.step()
-        else:
-            skip(skipped, step, stage, norm, world, train)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip), step, optimizers)
+        if average:
+            average.update()
         bar.update()
 
         done, last = step + 1, step + 1 == first + steps
+        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < elapsed + time.time() - begin)
+        saves = done % train.save_every == 0 or last or stop
+        if done % train.log_every == 0 or saves:
+            skipped, norm = guard.look()                            # the only places where the loop waits for the device
         if done % train.log_every == 0 or last:
             log.write({"step": done, "stage": stage, **meter.read(machine.ranks), "lr": optimizers[-1].param_groups[0]["lr"], "grad_norm": round(norm, 4),
-                       "skipped": len(skipped)}, model.config, batch)
-        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < elapsed + time.time() - begin)
-        if done % train.save_every == 0 or last or stop:
+                       "skipped": skipped}, model.config, batch)
+        if saves:
             state = {"step": done, "stage": stage, "elapsed": elapsed + time.time() - begin}
-            save(Path(train.out) / (stage if last else f"step-{done:06d}"), model, world, train, machine, state, optimizers, meter)
+            saver.save(stage if last else f"step-{done:06d}", model, state, optimizers, meter, average)
+        if train.val_every and done % train.val_every == 0:
+            evaluate(objective, world, train, machine, average, train.val_clips, elapsed + time.time() - begin, text is not None, step=done)
+            model.train()
         if stop and done < bar.total:
             raise Stop(f"stopped at step {done}, saved; --resume goes on")
     return time.time() - begin
 
 
-def skip(skipped, step, stage, norm, world, train):
-    """Notes a step whose gradient is not finite, in every process alike. Raises FloatingPointError where they are too many."""
-    skipped.append(step)
-    clips = list(world.dataset("train").batch(step, train.batch))
-    print(f"step {step} of stage {stage} is left out: its gradient is {norm}; its clips: {clips}", file=sys.stderr)
-    if len(skipped) > train.max_skipped:
-        raise FloatingPointError(f"the gradient at step {step} of stage {stage} is {norm}, wanted a finite number; {len(skipped)} steps were left out "
-                                 f"({', '.join(map(str, skipped))}): lower the learning rate or mend the clips; the last checkpoint is intact")
+class Guard:
+    """Optimizer steps that leave out what is not finite, in every process alike, without waiting for the device to know."""
+
+    def __init__(self, stage, world, train):
+        self.stage, self.world, self.train, self.norms, self.skipped = stage, world, train, {}, []
+
+    def step(self, norm, step, optimizers):
+        """Steps all optimizers and empties the gradients. norm: that of the gradient, the same in all processes."""
+        self.norms[step] = norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        for optimizer in optimizers:
+            optimizer.found_inf = (~norm.isfinite()).float()        # as torch.amp's GradScaler says it; fused Adam then changes nothing
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def look(self):
+        """How many steps were left out, and the last norm. Raises FloatingPointError where they are too many."""
+        found = dict(zip(self.norms, torch.stack(list(self.norms.values())).tolist()))
+        self.norms = {}
+        for step, norm in found.items():
+            if not math.isfinite(norm):
+                self.skipped.append(step)
+                clips = list(self.world.dataset("train").batch(step, self.train.batch))
+                print(f"step {step} of stage {self.stage} is left out: its gradient is {norm}; its clips: {clips}", file=sys.stderr)
+            if len(self.skipped) > self.train.max_skipped:
+                raise FloatingPointError(f"the gradient at step {step} of stage {self.stage} is {norm}, wanted a finite number; {len(self.skipped)} steps were "
+                                         f"left out ({', '.join(map(str, self.skipped))}): lower the learning rate or mend the clips; the last checkpoint is intact")
+        return len(self.skipped), norm
+
+
+@contextmanager
+def evaluable(objective, machine, average):
+    """The model, to be called by all processes in step: whole where FSDP has cut it, with averaged weights where there are some; its output is process 0's."""
+    model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
+    sharded = hasattr(objective, "unshard")
+    with torch.compiler.set_stance("force_eager"), average.in_place() if average else nullcontext(), redirect_stdout(None if machine.rank else sys.stdout):
+        if sharded:
+            objective.unshard()                                     # the root's parameters; each block gathers its own
+        try:
+            yield model.eval()                                      # batches of evaluation are few: not worth compiling for
+        finally:
+            if sharded:
+                objective.reshard()
+
+
+def evaluate(objective, world, train, machine, average, clips, elapsed, has_text, step=None):
+    """The world's evaluation, at the end into OUT, at a step into OUT/val/step-000000 and as a line of OUT/validation.jsonl."""
+    out = Path(train.out, *([] if step is None else ["val", f"step-{step:06d}"]))
+    with evaluable(objective, machine, average) as model, tempfile.TemporaryDirectory() as nowhere:
+        out.mkdir(parents=True, exist_ok=True)
+        results = world.evaluate(model, nowhere if machine.rank else out, clips, elapsed, has_text)
+    if step is not None and machine.rank == 0:
+        with open(Path(train.out, "validation.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, **results}) + "\n")
 
 
 class Log:
@@ -453,7 +604,7 @@ class Log:
     def __init__(self, train, machine, bar, elapsed):
         self.train, self.machine, self.bar, self.elapsed = train, machine, bar, elapsed
         self.begin = self.last = time.time()
-        self.step, self.waited = bar.n, 0.0
+        self.step, self.waited, self.track = bar.n, 0.0, tracker(train) if machine.rank == 0 else None
 
     @contextmanager
     def waiting(self):
@@ -478,7 +629,23 @@ class Log:
             with open(Path(train.out) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             report(self.bar, line)
+            self.track({name: value for name, value in line.items() if isinstance(value, (int, float))}, line["step"])
         self.last, self.step, self.waited = now, line["step"], 0.0
+
+
+def tracker(train):
+    """A function (figures, step) that hands the log to --track's program."""
+    if train.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(Path(train.out, "tensorboard"))
+        return lambda figures, step: [board.add_scalar(name, value, step) for name, value in figures.items()]
+    if train.track == "wandb":
+        import wandb
+
+        run = wandb.run or wandb.init(project="uni-vigu", id=Path(train.out).name, dir=train.out, config=dataclasses.asdict(train), resume="allow")
+        return lambda figures, step: run.log(figures, step=step)
+    return lambda figures, step: None
 
 
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}    # dense bf16 FLOP/s, as their makers state them
@@ -508,6 +675,7 @@ def parse(argv):
     """Flags -> (Train, Config, the flags' namespace). Preset, then recipe, then flags; on --resume, the checkpoint's own values."""
     parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {' '.join(message.split())}\n")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its configuration")
     which.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a run")
@@ -526,7 +694,7 @@ def parse(argv):
     try:
         return *resolve(given, flags.resume), flags
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: error: {error}\n")
+        parser.error(str(error))
 
 
 def integers(text):
@@ -536,7 +704,7 @@ def integers(text):
 
 # What may differ when a run goes on. (Another micro_batch draws other noise; everything else here leaves the numbers as they are.)
 ANY_TIME = {"compile", "device", "log_every", "save_every", "keep", "eval_clips", "micro_batch", "parallel", "shard_within", "recompute", "workers",
-            "time_limit", "max_skipped"}
+            "time_limit", "max_skipped", "async_save", "track", "val_every", "val_clips"}
 
 
 def resolve(given, resume):
@@ -577,9 +745,12 @@ def check(train):
     for name, allowed in dict(device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
                               clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"), vocabulary=("data", "full"),
                               generator_clocks=("independent", "logit-normal"), parallel=("auto", "ddp", "fsdp"),
-                              recompute=("none", "keep-attention", "full"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
+                              recompute=("none", "keep-attention", "full"), async_save=("no", "yes"),
+                              track=("none", "tensorboard", "wandb"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
+    if train.track != "none" and not importlib.util.find_spec(train.track):
+        raise ValueError(f"track is {train.track!r}, which is not installed: pip install {train.track}")
     names = train.stages.split(",")
     if any(stage not in STAGES for stage in names) or names != [stage for stage in STAGES if stage in names]:
         raise ValueError(f"stages is {train.stages!r}, wanted some of {','.join(STAGES)}, in this order")
@@ -591,7 +762,7 @@ def check(train):
     for name in ("batch", "log_every", "save_every", "keep", *(f"{stage}_steps" for stage in STAGES)):
         if getattr(train, name) < 1:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted at least 1")
-    for name, low, high in (("batch", 1, 10**6), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
+    for name, low, high in (("batch", 1, 10**6), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("ema", 0, 0.999999), ("val_every", 0, 10**9), ("val_clips", 1, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
                             ("time_limit", 0, 10**6), ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
                             ("seed", 0, 10**9), ("clip", 1e-9, 1e9), ("adam_lr", 0, 10), *((f"{s}_lr", 0, 10) for s in STAGES)):
         if not low <= getattr(train, name) <= high:
@@ -621,11 +792,9 @@ def check_source(source, world):
 
 def estimate(train, config, world):
     """Prints what a run will take, from sizes alone."""
-    with torch.device("meta"):
-        n = sum(p.numel() for p in UniViGU(config).parameters())
-    ranks, n_v = int(os.environ.get("WORLD_SIZE", 1)), math.prod(world.shape[1:]) // math.prod(config.patch_size)
-    parallel = train.parallel if train.parallel != "auto" else "fsdp" if n > 2e9 else "ddp"
-    tokens, copies = n_v + config.text_len, (train.shard_within or ranks) if parallel == "fsdp" else 1
+    (n, copies), ranks = sizes(train, config), int(os.environ.get("WORLD_SIZE", 1))
+    n_v = math.prod(world.shape[1:]) // math.prod(config.patch_size)
+    tokens, parallel = n_v + config.text_len, chosen_parallel(n, train)
     step = train.batch * (4 if train.recompute == "full" else 3) * forward_flops(config, n_v, config.text_len)
     steps = sum(getattr(train, f"{stage}_steps") for stage in train.stages.split(","))
     kept = {"none": 34 + 4 * config.ffn_dim / config.dim, "keep-attention": 4, "full": 2}[train.recompute]   # bf16 numbers a token, in units of dim, by counting
@@ -637,7 +806,8 @@ def estimate(train, config, world):
 
 def fail(error):
     """Ends the process with one line, from one process of many."""
-    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"train.py: error: {error}")
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix(f"{type(error).__name__}: ")          # a DataLoader's worker sends its traceback along
+    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"train.py: error: {said}")
 
 
 def main(argv=None):
@@ -648,7 +818,10 @@ def main(argv=None):
         if flags.dry_run:
             return None if int(os.environ.get("RANK", 0)) else estimate(train, config, world)
         machine = join_processes(train)
+        check_memory(train, config, machine)
         last = checkpoints(train.out)[-1] if flags.resume else None
+        for part in Path(train.out).glob(".*.part") if machine.rank == 0 else ():
+            print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
         source = last[1] if last else train.init
         torch.manual_seed(train.seed)
         if source:
@@ -664,44 +837,49 @@ def main(argv=None):
     if STAGES[names[0]] and not text_started:
         model.start_text()
     if machine.rank == 0:
+        parameters = sum(p.numel() for p in model.parameters())
         print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
-        how = f"{machine.ranks} processes, {chosen_parallel(model, train)}, " if machine.ranks > 1 else ""
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {how}{machine.device}, {'bf16 autocast' if machine.bf16 else 'fp32'}, "
+        how = f"{machine.ranks} processes, {chosen_parallel(parameters, train)}, " if machine.ranks > 1 else ""
+        print(f"{parameters:,} parameters on {how}{machine.device}, {'bf16 autocast' if machine.bf16 else 'fp32'}, {attention_kernel(config, machine)}, "
               f"{'compiled' if machine.compile else 'eager'} blocks", flush=True)
-    objective = parallelise(model, train, machine)
+    objective, saver = parallelise(model, train, machine), Saver(world, train, machine)
 
     signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "stopped", True))
     step, elapsed, first = *((done["step"], done["elapsed"]) if last else (0, 0.0)), 0
+    average = Average(model, train.ema) if train.ema else None
     if machine.rank == 0:
-        truncate_metrics(Path(train.out) / "metrics.jsonl", step)
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            truncate(Path(train.out, name), step)
     agreed(machine, 0)
     bar = tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True)
+    if step >= bar.total and machine.rank == 0:
+        print(f"{train.out} is at its last step, {step}: nothing is left to train")
     try:
-        for stage in names:
-            end = first + getattr(train, f"{stage}_steps")
-            if step < end:
-                if STAGES[stage] and not text_started and stage != names[0]:
-                    model.start_text()
-                text_started = bool(STAGES[stage])
-                resumed = last[1] if last and first < step else None
-                elapsed += run_stage(stage, objective, world, train, machine, first, max(first, step), resumed, elapsed, bar)
-            first = end
+        with preferred_attention(machine):
+            for stage in names:
+                end = first + getattr(train, f"{stage}_steps")
+                if step < end:
+                    if STAGES[stage] and not text_started and stage != names[0]:
+                        model.start_text()
+                        average = Average(model, train.ema) if train.ema else None           # of what starts here
+                    text_started = bool(STAGES[stage])
+                    resumed = last[1] if last and first < step else None
+                    elapsed += run_stage(stage, objective, world, train, machine, saver, average, first, max(first, step), resumed, elapsed, bar)
+                first = end
+            saver.wait()
+            if train.eval_clips:
+                evaluate(objective, world, train, machine, average, train.eval_clips, elapsed, text_started)
     except Stop as stop:
+        saver.wait()
         sys.exit(print(stop) if machine.rank == 0 else None)
     except (FloatingPointError, ValueError, OSError) as error:
         fail(error)
     finally:
         bar.close()
-    if train.eval_clips and machine.rank == 0 and not hasattr(objective, "set_requires_gradient_sync"):
-        torch.compiler.set_stance("force_eager")                    # batches of evaluation are few: not worth compiling for
-        world.evaluate(model.eval(), train.out, train.eval_clips, elapsed, has_text=text_started)
     if machine.ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -121,7 +121,9 @@ def path(z0, z1, tau):
 
 def noise_like(z, generator=None):
     """Gaussian noise shaped as z, drawn where the generator lives (the CPU by default: the same on every device)."""
-    return torch.randn(z.shape, generator=generator, device=generator.device if generator else "cpu").to(z)
+    device = generator.device if generator else torch.device("cpu")
+    pinned = z.is_cuda and device.type == "cpu"                     # a copy from pinned memory: nobody waits for the GPU
+    return torch.randn(z.shape, generator=generator, device=device, pin_memory=pinned).to(z, non_blocking=True)
 
 
 def warp(r, shift):
@@ -147,7 +149,7 @@ class Linear32(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the full width (all heads together, as Wan), in fp32."""
+    """RMS norm over the full width (all heads together, as Wan), in fp32 whatever the dtypes; returns x's."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -155,7 +157,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -536,7 +538,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
         clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
     elif y.shape[:1] != (b,) or y.ndim != 2:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
-    tau_v, tau_t, on_v, on_t, keep = (s.to(device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
+    tau_v, tau_t, on_v, on_t, keep = (s.to(device, non_blocking=True) for s in sample_clocks(clocks, b, shift, p_drop, generator))
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
     z_v, u_v = path(noise_like(z_v1, generator), z_v1, tau_v)       # eq. 6, eq. 9
@@ -608,11 +610,12 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
 
 
 @torch.no_grad()
-def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=None, generator=None, callback=None):
+def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=None, keep_text=False, generator=None, callback=None):
     """Text -> video: the text is clean (tau_t = 1) and only the video's clock runs (eq. 17).
 
     y (B, N) int64 tokens, or None for the plain video generator, which reads c alone (eq. 3); c (B, <= L, prompt_dim);
-    shape (C, F, H, W) of one latent. guidance contrasts with no prompt (c_null, zeros by default) and a text of pure noise.
+    shape (C, F, H, W) of one latent. guidance contrasts with no prompt (c_null, zeros by default) and a text of pure noise,
+    or, with keep_text, as the published weights do, the same clean text.
     callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W).
     """
     b = len(c)
@@ -620,7 +623,7 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     z_v = noise_like(c.new_empty(b, *shape, dtype=torch.float32), generator)
     z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
     null = None if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
-    if null and y is not None:
+    if null and y is not None and not keep_text:
         null |= dict(z_t=TEXT_FLOWS[model.config.text_flow].noise(model, c, y.shape[1], generator), tau_t=zero)
     grid = clock_grid(steps, shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):

@@ -205,3 +205,20 @@ def test_guidance_0_is_unconditional_and_1_is_conditional_on_all_tokens():
     other = z_v + 1
     free = [understand(model, video, c, steps=3, guidance=0.0, generator=seeded(0)) for video in (z_v, other)]
     assert torch.equal(*free)                                                               # the video is not looked at
+
+
+@pytest.mark.parametrize("null_prompt", [False, True])
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_generate_contrasts_with_no_prompt_and_a_random_or_the_same_text(keep_text, guidance, null_prompt):
+    model, (_, y, c), zero, one = build(), data(2), torch.zeros(2), torch.ones(2)
+    no_c = torch.full_like(c, 0.5) if null_prompt else torch.zeros_like(c)
+    found = generate(model, y, c, (3, 2, 4, 4), steps=1, guidance=guidance, c_null=no_c[:1] if null_prompt else None, keep_text=keep_text, generator=seeded(0))
+    g = seeded(0)
+    z_v = torch.randn(2, 3, 2, 4, 4, generator=g)
+    random = DiscreteFlow.noise(model, y, N, g)
+    with torch.no_grad():
+        v_cond, v_same, v_random = (model(z_v, text, zero, tau_t, prompt)[0] for text, tau_t, prompt in ((y, one, c), (y, one, no_c), (random, zero, no_c)))
+    v_null = v_same if keep_text else v_random
+    assert (found - (z_v + v_null + guidance * (v_cond - v_null))).abs().max() < 1e-4
+    assert (v_same - v_random).abs().max() > 1e-2 < (v_cond - v_null).abs().max()

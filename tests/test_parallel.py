@@ -19,12 +19,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
 RUN = [*MODEL, *("--stages recall,refine --clocks independent --batch 4 --micro-batch 2 --recall-steps 8 --refine-steps 12 --recall-optimizer adam --refine-optimizer adam --recall-lr 0.003 "
-                 "--refine-lr 0.003 --warmup 2 --log-every 1 --save-every 5 --eval-clips 0 --compile no --device cpu --precision fp32 --keep 9").split()]
+                 "--refine-lr 0.003 --warmup 2 --log-every 1 --save-every 5 --eval-clips 2 --compile no --device cpu --precision fp32 --keep 9 --ema 0.9").split()]
 
 
-def start(out, *flags, ranks=1, restarts=0):
+def start(out, *flags, ranks=1, restarts=0, script=ROOT / "train.py"):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--master-port", str(20000 + os.getpid() % 20000)]
-    command = [sys.executable, *(torchrun if ranks > 1 or restarts else []), str(ROOT / "train.py"), *RUN, "--out", str(out), *flags]
+    command = [sys.executable, *(torchrun if ranks > 1 or restarts else []), str(script), *RUN, "--out", str(out), *flags]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -69,8 +69,12 @@ def test_two_processes_give_the_losses_of_one(flags, one, tmp_path):
     output = finish(start(tmp_path / "run", *flags, ranks=2 if "--parallel" in flags else 1))
     assert "--parallel" not in flags or f"2 processes, {flags[1]}" in output
     assert_same_losses(lines(tmp_path / "run"), lines(one))
-    a, b = (train.UniViGU.from_pretrained(folder / "refine").state_dict() for folder in (tmp_path / "run", one))
-    assert max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-3)).item() for name in a) < 0.01     # Adam magnifies gradients near zero
+    for checkpoint in ("refine", "refine/ema"):
+        a, b = (train.UniViGU.from_pretrained(folder / checkpoint).state_dict() for folder in (tmp_path / "run", one))
+        assert max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-3)).item() for name in a) < 0.01     # Adam magnifies gradients near zero
+    found, wanted = (json.loads((folder / "results.json").read_text())["loss"]["seen"] for folder in (tmp_path / "run", one))
+    assert found == pytest.approx(wanted, rel=2e-3)                # a sharded model is evaluated too
+    assert output.count("understanding.attribute_accuracy") == 1   # and speaks once
 
 
 @pytest.mark.parametrize("first, then", [(dict(ranks=2, flags=["--parallel", "fsdp"]), dict(ranks=1, flags=[])),
@@ -100,6 +104,63 @@ def test_sigterm_saves_and_ends_cleanly_and_the_run_goes_on_bit_for_bit(one, tmp
     finish(start(out, "--resume"))
     assert (out / "refine" / "model.safetensors").read_bytes() == (one / "refine" / "model.safetensors").read_bytes()
     assert_same_losses(lines(out), lines(one), rel=0)
+
+
+def children(pid):
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+
+
+def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(one, tmp_path):
+    """Without restarts the others do not wait for it; its checkpoint is intact."""
+    out = tmp_path / "run"
+    process = start(out, ranks=2)
+    wait_for(out, 7, process)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0 and train.checkpoints(out)[-1][0] >= 5
+    finish(start(out, "--resume", ranks=2))
+    assert_same_losses(lines(out), lines(one))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_the_processes_again_and_they_go_on_by_themselves(victim, one, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, ranks=2, restarts=1)
+    wait_for(out, 7, process)
+    os.kill(children(process.pid)[victim], signal.SIGKILL)
+    finish(process)
+    assert_same_losses(lines(out), lines(one))
+
+
+SPOILT = """
+import sys
+sys.path.insert(0, {root!r})
+import toy, train
+real = toy.Shapes.__getitems__
+def spoilt(self, indices):
+    batch = real(self, indices)
+    for row, index in enumerate(indices):
+        if self.split == "train" and index in (13, 38):
+            batch["z_v"][row] = float("nan")
+    return batch
+toy.Shapes.__getitems__ = spoilt
+train.main()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_sample_that_is_no_number_is_left_out_by_all_processes(parallel, tmp_path):
+    """Clips 13 and 38 are in one process's share of steps 3 and 9; both processes leave these steps out, and stay the same."""
+    (tmp_path / "spoilt.py").write_text(SPOILT.format(root=str(ROOT)))
+    flags = ["--log-every", "4", "--save-every", "1000"]
+    outputs = [finish(start(tmp_path / name, *flags, *more, ranks=ranks, script=tmp_path / "spoilt.py"))
+               for name, ranks, more in (("one", 1, []), ("two", 2, ["--parallel", parallel]))]
+    for output in outputs:
+        assert "step 3 of stage recall is left out: its gradient is nan; its clips: [12, 13, 14, 15]" in output
+        assert "step 9 of stage refine is left out: its gradient is nan; its clips: [36, 37, 38, 39]" in output
+    found, wanted = (lines(tmp_path / name) for name in ("two", "one"))
+    assert [line["skipped"] for line in found] == [line["skipped"] for line in wanted] == [1, 1, 1, 1, 1]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in wanted], rel=3e-4)
 
 
 def test_the_time_limit_saves_and_ends(tmp_path):

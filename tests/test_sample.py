@@ -1,8 +1,12 @@
 """sample.py: video files survive the round trip, the three modes do as told, and what cannot work is refused in one line."""
 
+import dataclasses
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ import toy
 import train
 from sample import read_video, write_video
 from toy import World, oracle, shapes
-from univigu import UniViGU
+from univigu import Config, UniViGU
 
 FORMATS = (".gif", ".mp4", ".npy", "")
 PROMPT = "a red circle moving right"
@@ -69,14 +73,14 @@ def use(checkpoints, capsys):
 @pytest.fixture
 def refusal(checkpoints, capsys):
     """Calls sample.py with what must fail: checks exit status and form, returns the line."""
-    def call(mode, *words, checkpoint="refine", lines=1):
+    def call(mode, *words, checkpoint="refine"):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             sample.main([mode, "--checkpoint", str(checkpoints / checkpoint), *map(str, words)])
         captured = capsys.readouterr()
         text = stop.value.code if isinstance(stop.value.code, str) else captured.err.strip()
         assert stop.value.code not in (0, None) and captured.out == ""
-        assert len(text.splitlines()) == lines and "error: " in text.splitlines()[-1], text
+        assert text.startswith("sample.py: error: ") and len(text.splitlines()) == 1, text
         return text
 
     return call
@@ -222,7 +226,7 @@ def test_defaults_are_those_of_the_world(mode, use, clips, work, monkeypatch):
     calls, real = [], getattr(sample, mode)
     monkeypatch.setattr(sample, mode, lambda *args, **kwargs: calls.append(kwargs) or real(*args, **kwargs))
     use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]))
-    assert {name: value for name, value in calls[0].items() if name != "generator"} == World.sampling[mode]
+    assert {name: value for name, value in calls[0].items() if name in ("steps", "guidance", "shift")} == World.sampling[mode]
     assert calls[0]["generator"].initial_seed() == 0
 
 
@@ -422,7 +426,12 @@ def test_generate_needs_words(flags, words, refusal, work):
 @pytest.mark.parametrize("flags, words", [
     (["--steps", 0], "--steps 0 1"), (["--steps", -3], "--steps -3 1"), (["--steps", 10**9], "--steps 1000000000"), (["--guidance", "nan"], "--guidance nan"),
     (["--guidance", "inf"], "--guidance inf"), (["--seed", -1], "--seed -1 0"), (["--out", "clip.avi"], "--out 'clip.avi' .gif"),
-    (["--out", ""], "--out .gif"), (["--out", "clip.txt"], "--out 'clip.txt' .mp4"),
+    (["--out", ""], "--out .gif"), (["--out", "clip.txt"], "--out 'clip.txt' .mp4"), (["--out", ".gif"], "--out '.gif' name"), (["--out", "/"], "--out '/' name"),
+    (["--out", "x" * 248 + ".gif"], "--out long"), (["--out", "x" * 300 + "/clip.gif"], "--out long"), (["--size", "9" * 5000 + "x16"], "--size ROWSxCOLUMNS"),
+    (["--size", "٣٢x32"], "--size ROWSxCOLUMNS"), (["--size", "32"], "--size ROWSxCOLUMNS"), (["--seed", "1.5"], "--seed '1.5'"),
+    (["--device", "tpu"], "--device 'tpu' cpu"),
+    (["--wan", "folder"], "--wan 'folder' toy"), (["--negative-prompt", PROMPT, "--guidance", 1], "--negative-prompt guidance 1"),
+    (["--negative-prompt", "ugly"], "'ugly' wanted"), (["--prompts", "prompts.txt"], "--prompts --prompt"),
 ])
 @pytest.mark.parametrize("mode", ["generate", "joint"])
 def test_a_bad_value_is_refused(mode, flags, words, refusal, work):
@@ -430,9 +439,9 @@ def test_a_bad_value_is_refused(mode, flags, words, refusal, work):
     assert all(word in text for word in words.split()) and files(work) == [], text
 
 
-@pytest.mark.parametrize("flags", [["--colour", "red"], ["--step", "3"], ["--steps", "many"], ["stray"]])
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--step", "3"], ["--steps", "many"], ["stray"], ["two", "lines\nof them"]])
 def test_unknown_flags_are_refused(flags, refusal, work):
-    text = refusal("generate", "--prompt", PROMPT, *flags, lines=2)
+    text = refusal("generate", "--prompt", PROMPT, *flags)
     assert flags[0] in text and files(work) == []
 
 
@@ -440,25 +449,68 @@ def test_unknown_flags_are_refused(flags, refusal, work):
 def test_a_command_line_without_its_parts_is_refused(argv, work, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(argv)
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err and files(work) == []
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("sample.py: error: ") and text.count("\n") == 1 and files(work) == []
 
 
 def test_an_out_that_cannot_be_written_is_refused(refusal, clips, work, monkeypatch):
     for folder in ("mine", "clip.gif", "locked"):
         Path(folder).mkdir()
+    Path("loop").symlink_to("loop")
     Path("mine/notes.txt").write_text("keep")
     Path("file").write_text("keep")
     write_video("clip.npy", clips[0][:1])
     before = files(work)
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
-    for out, word in (("mine", "not a folder of PNG"), ("file", "not a folder of PNG"), ("clip.gif", "a folder"), ("file/clip.gif", "no folder"),
-                      ("locked/clip.gif", "permission"), ("locked/new/clip.gif", "permission")):
-        for mode in ("generate", "joint"):
-            text = refusal(mode, "--prompt", PROMPT, "--out", out)
-            assert out in text and word in text, text
-    for out, word in (("mine", "a folder"), ("file/caption.txt", "no folder"), ("locked/caption.txt", "permission")):
-        assert word in refusal("understand", "--video", "clip.npy", "--out", out)
+    mkdir = os.mkdir
+
+    def locked(path, *rest, **options):
+        if Path(path).parent.name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr("os.mkdir", locked)                         # root may write everywhere
+    for flags in ([], ["--dry-run"]):
+        for out, word in (("mine", "not a folder of PNG"), ("file", "not a folder of PNG"), ("clip.gif", "not a file"), ("file/clip.gif", "Not a directory"),
+                          ("loop/clip.gif", "symbolic links"), ("locked/clip.gif", "Permission denied"), ("locked/new/clip.gif", "Permission denied"),
+                          *([("/proc/clip.gif", "/proc")] if Path("/proc").is_dir() else [])):
+            for mode in ("generate", "joint"):
+                text = refusal(mode, "--prompt", PROMPT, "--out", out, *flags)
+                assert out in text and word in text, text
+        for out, word in (("mine", "a folder"), ("file/caption.txt", "Not a directory"), ("locked/caption.txt", "Permission denied"), ("x" * 300, "long"),
+                          ("clip.npy", "named as a video"), ("/", "a folder")):
+            assert word in refusal("understand", "--video", "clip.npy", "--out", out, *flags)
     assert files(work) == before
+
+
+def test_whether_out_can_be_written_is_tried_beside_it_and_leaves_nothing(use, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (work / "prompts.txt").write_text(PROMPT)
+    monkeypatch.setattr(sample, "estimate", lambda *args: None)
+    for out in ("clip.gif", "new/folder/clip.gif", "new/../../clip.gif", "new"):
+        use("generate", "--prompt", PROMPT, "--out", out, "--dry-run")
+        use("generate", "--prompts", "prompts.txt", "--out", out, "--dry-run")
+        assert files(work) == ["prompts.txt"] and list(work.parent.iterdir()) == [work]
+
+
+def test_memory_that_runs_out_is_one_line_and_other_faults_are_not_hidden(use, refusal, work, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(sample, "generate", fail)
+    message = "[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allocate memory"
+    assert "allocate memory" in refusal("generate", "--prompt", PROMPT)
+    message = "a shape is wrong"
+    with pytest.raises(RuntimeError):
+        use("generate", "--prompt", PROMPT)
+    assert files(work) == []
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(work):
+    (work / "torch.py").write_text("raise KeyboardInterrupt")
+    end = subprocess.run([sys.executable, sample.__file__], env=os.environ | {"PYTHONPATH": str(work)}, capture_output=True, text=True)
+    assert end.returncode not in (0, 1) and end.stderr == end.stdout == ""
 
 
 def test_help_says_what_an_empty_prompt_means(capsys):
@@ -496,6 +548,12 @@ def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
     ("generate", ["--prompts", "words.txt"], ["--out", "folder"]), ("understand", ["--videos", "none"], ["none", "folder"]),
     ("understand", ["--videos", "."], ["no .gif, .mp4, .npy"]), ("generate", ["--prompt", PROMPT, "--size", "32x32"], ["32x32", "24x24"]),
     ("joint", ["--prompt", PROMPT, "--frames", 13], ["13 frames", "9 of"]), ("generate", ["--prompt", PROMPT, "--shift", 0], ["--shift is 0"]),
+    ("understand", ["--videos", ""], ["--videos", "empty"]), ("understand", ["--video", ""], ["--video", "empty"]),
+    ("joint", ["--prompts", ".", "--out", "x"], ["--prompts"]),
+    ("generate", ["--prompts", "words.txt", "--out", "x", "--caption", PROMPT], ["--caption", "--prompts"]),
+    ("joint", ["--prompts", "words.txt", "--out", "words.txt"], ["--out", "Not a directory"]),
+    ("generate", ["--prompts", "words.txt", "--dry-run"], ["--out", "folder"]),
+    ("understand", ["--videos", ".", "--out", "new/said.gif", "--dry-run"], ["--out", "named as a video"]),
 ])
 def test_bad_lists_and_sizes_are_refused(mode, flags, words, refusal, work):
     (work / "empty.txt").write_text(" \n\n")
@@ -507,7 +565,114 @@ def test_bad_lists_and_sizes_are_refused(mode, flags, words, refusal, work):
     assert files(work) == before
 
 
-def test_a_dry_run_prints_sizes_and_makes_nothing(use, work, monkeypatch):
+@pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"video": "00000.gif"}\n', '{"video": 1, "prompt": "a"}\n', b"\xff\n", None, "no line end"])
+@pytest.mark.parametrize("mode", ["joint", "understand"])
+def test_rows_that_no_earlier_run_wrote_are_refused_and_kept(mode, text, refusal, clips, work):
+    (work / "prompts.txt").write_text(PROMPT)
+    write_video(work / "clip.npy", clips[0][:1])
+    index = work / "drawn" / "index.jsonl"
+    index.mkdir(parents=True) if text is None else index.parent.mkdir()
+    if text is not None:
+        index.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = files(work), text is None or index.read_bytes()
+    for flags in ([], ["--dry-run"]):
+        said = refusal(mode, *(["--prompts", "prompts.txt", "--out", "drawn"] if mode == "joint" else ["--videos", ".", "--out", "drawn/index.jsonl"]), *flags)
+        assert "index.jsonl" in said and ("JSON" in said or text is None) and (files(work), text is None or index.read_bytes()) == before
+
+
+def test_a_batch_that_was_stopped_goes_on_and_a_line_that_was_cut_is_mended(use, work, monkeypatch):
+    monkeypatch.setattr(sample, "estimate", lambda *args: None)
+    (work / "prompts.txt").write_text(f"{PROMPT}\na blue square moving up\na red circle moving left\n", encoding="utf-8-sig")
+    command = ["joint", "--prompts", "prompts.txt", "--out", "drawn", "--steps", 2]
+    use(*command)
+    index, whole = work / "drawn" / "index.jsonl", (work / "drawn" / "index.jsonl").read_text()
+    drawn = {f: f.read_bytes() for f in sorted((work / "drawn").glob("*.gif"))}
+    first, second, third = drawn
+    for gone, left in (([second, third], whole.splitlines(keepends=True)[0] + '{"video": "00001.gif", "pro'), ([first], whole), ([third], whole[:-1])):
+        for name in gone:
+            name.unlink()
+        index.write_text(left)
+        stamps = {f: f.stat().st_mtime_ns for f in drawn if f.exists()}
+        use(*command, "--dry-run")
+        assert index.read_text() == left                            # a dry run changes nothing
+        use(*command)
+        assert index.read_text() == whole and all(f.read_bytes() == data for f, data in drawn.items())
+        assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
+    stamps = [f.stat().st_mtime_ns for f in drawn]
+    monkeypatch.setattr(sample, "read_model", None)                 # all is there: no model is read
+    use(*command)
+    assert [f.stat().st_mtime_ns for f in drawn] == stamps and index.read_text() == whole
+
+
+def test_captions_of_a_folder_go_on_where_they_were(use, clips, work, monkeypatch):
+    (work / "videos").mkdir()
+    for i, name in enumerate("abc"):
+        write_video(work / "videos" / f"{name}.npy", clips[0][i:i + 1])
+    command = ["understand", "--videos", "videos", "--out", "said.jsonl"]
+    whole = use(*command)
+    (work / "said.jsonl").write_text(whole.splitlines(keepends=True)[0] + '{"video": "b.npy", "cap')
+    assert use(*command) == "".join(whole.splitlines(keepends=True)[1:]) and (work / "said.jsonl").read_text() == whole
+    monkeypatch.setattr(sample, "read_model", None)
+    assert use(*command) == "" and (work / "said.jsonl").read_text() == whole
+    (work / "videos" / "broken.npy").write_bytes(b"")
+    assert use(*command) == "" and (work / "said.jsonl").read_text() == whole      # nothing new that can be read, but that was told
+
+
+def test_a_dry_run_prints_sizes_and_makes_nothing(use, clips, work, monkeypatch):
     monkeypatch.setattr(sample, "read_model", None)
     text = use("joint", "--prompt", PROMPT, "--dry-run")
-    assert "48 video tokens and 16 text tokens" in text and "72 passes" in text and files(work) == []
+    assert "48 video tokens and 16 text tokens" in text and "24 steps, guidance 3, shift 1: 72 passes" in text and "1 to do" in text and files(work) == []
+    (work / "prompts.txt").write_text("\n".join([PROMPT] * 3))
+    text = use("generate", "--prompts", "prompts.txt", "--out", "drawn", "--dry-run", "--steps", 5, "--guidance", 1, "--shift", 2.5)
+    assert "5 steps, guidance 1, shift 2.5: 5 passes" in text and "3 to do" in text and files(work) == ["prompts.txt"]
+    write_video("clip.npy", clips[0][:1])
+    assert "16 steps, guidance 1, shift 4: 16 passes" in use("understand", "--video", "clip.npy", "--dry-run")
+
+
+# ---------------------------------------------------------------- the defaults of the real world
+
+def wan_folder(folder, dim, stage):
+    """A checkpoint of which only the sizes are there: Wan's official layout, or, with a stage, what train.py writes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = Config(dim=dim, ffn_dim=64, num_heads=8, num_layers=1, in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512)
+    names = {"_class_name": "WanModel", "model_type": "t2v", "text_len": 512} | {name: getattr(config, name) for name in
+             ("dim", "ffn_dim", "eps", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers")}
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config) if stage else names))
+    save_file({"patch_embedding.bias": torch.zeros(dim)}, folder / ("model.safetensors" if stage else "diffusion_pytorch_model.safetensors"))
+    if stage:
+        (folder / "train.json").write_text(json.dumps({"stage": stage}))
+        (folder / "world.json").write_text(json.dumps(dict(world="wan", wan="nowhere", vocabulary=[0, 1], text_len=16, prompt_len=512, latents="normalised")))
+    return str(folder)
+
+
+@pytest.mark.parametrize("dim, stage, mode, size, wanted", [
+    (1536, None, "generate", "480x832", (6, 8)), (1536, None, "generate", "720x1280", (6, 8)), (1536, "generator", "generate", "480x832", (6, 8)),
+    (5120, None, "generate", "480x832", (5, 3)), (5120, None, "generate", "832x480", (5, 3)), (5120, None, "generate", "720x1280", (5, 5)),
+    (1536, "refine", "generate", "480x832", (5, 3)), (1536, "refine", "generate", "720x1280", (5, 5)),
+    (1536, "recall", "joint", "480x832", (5, 3)), (1536, "refine", "joint", "720x1280", (5, 3)),
+])
+def test_guidance_and_shift_are_what_wan_recommends_for_the_model_and_flags_win(dim, stage, mode, size, wanted, work, monkeypatch):
+    seen, checkpoint = [], wan_folder(work / "wan", dim, stage)
+    monkeypatch.setattr(sample, "estimate", lambda config, world, shape, options, *rest: seen.append(options))
+    for flags in ([], ["--guidance", "2.5"], ["--shift", "1.5", "--steps", "7"]):
+        sample.main([mode, "--checkpoint", checkpoint, "--prompt", "a cat", "--size", size, "--dry-run", *flags])
+    guidance, shift = wanted
+    assert seen == [dict(steps=50, guidance=guidance, shift=shift), dict(steps=50, guidance=2.5, shift=shift), dict(steps=7, guidance=guidance, shift=1.5)]
+
+
+@pytest.mark.parametrize("latents, kept", [("normalised", False), ("raw", True)])
+def test_with_the_published_weights_guidance_leaves_out_the_prompt_alone(latents, kept, checkpoints, use, work, monkeypatch):
+    folder, calls, real = shutil.copytree(checkpoints / "refine", work / "copy"), [], sample.generate
+    change("config.json", latents=latents)(folder)
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: calls.append(kwargs["keep_text"]) or real(*args, **kwargs))
+    use("generate", "--prompt", PROMPT, "--steps", 1, checkpoint=folder)
+    assert calls == [kept]
+
+
+def test_the_negative_prompt_is_where_guidance_leads_away_from(use, work):
+    for name, flags in (("a", []), ("b", ["--negative-prompt", ""]), ("c", ["--negative-prompt", "a blue square moving up"])):
+        use("generate", "--prompt", PROMPT, "--out", name + ".npy", "--steps", 2, *flags)
+    a, b, c = ((work / (name + ".npy")).read_bytes() for name in "abc")
+    assert a == b != c

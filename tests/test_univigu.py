@@ -913,6 +913,28 @@ def test_a_saved_model_comes_back_with_its_config_and_every_bit(tmp_path, change
     assert torch.equal(model.embedding_matrix(), again.embedding_matrix())
 
 
+def test_push_to_hub_uploads_the_model_and_a_card(tmp_path, monkeypatch):
+    pushed = {}
+
+    def upload(self, *, repo_id, folder_path, **rest):
+        pushed[repo_id] = {f.name: f.read_bytes() for f in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **rest: type("Repository", (), dict(repo_id=repo_id)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    model = build()
+    model.push_to_hub("me/tiny")
+    files = pushed["me/tiny"]
+    assert files.keys() == {"config.json", "model.safetensors", "README.md"}
+    card = files["README.md"].decode()
+    for line in ("license: apache-2.0", "pipeline_tag: text-to-video", "- flow-matching", "library_name: univigu", "https://arxiv.org/abs/2604.08121"):
+        assert line in card, card
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    again = UniViGU.from_pretrained(tmp_path)
+    assert again.config == model.config and all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters()))
+
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(text_output="noise"), "text_output is 'noise'"), (dict(embedding="free"), "embedding is 'free'"),
     (dict(text_flow="diffusion"), "text_flow is 'diffusion'"), (dict(text_ffn_init="zero"), "text_ffn_init is 'zero'"),

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from univigu import generate, joint, understand
+from univigu import generate, joint, understand, uni_flow_loss
 
 from . import oracle, shapes, words
 
@@ -34,7 +34,7 @@ def score(found, wanted, names=ALL):
 
 def sample_split(model, world, split, clips, seed, has_text, sampling=SAMPLING):
     """Runs the modes over clips 0 .. clips - 1 of a split; returns a dict of everything they gave, in order."""
-    found = {}
+    found, device = {}, next(model.parameters()).device
 
     def keep(**parts):
         for name, part in parts.items():
@@ -43,16 +43,27 @@ def sample_split(model, world, split, clips, seed, has_text, sampling=SAMPLING):
     dataset = world.dataset(split)
     for first in range(0, clips, BATCH):
         indices = range(first, min(first + BATCH, clips))
-        batch, truth = dataset.__getitems__(indices), dataset.clips(indices).attributes
+        batch, truth = {name: x.to(device) for name, x in dataset.__getitems__(indices).items()}, dataset.clips(indices).attributes
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         drawn = generate(model, batch["caption"] if has_text else None, batch["c"], world.shape, generator=generator, **sampling["generate"])
-        keep(truth=truth, prompts=words.brief(truth), wanted=words.detailed(truth), drawn=world.codec.decode(drawn))
+        keep(truth=truth, prompts=words.brief(truth), wanted=words.detailed(truth), drawn=world.codec.decode(drawn.cpu()))
         if has_text:
             y_hat = understand(model, batch["z_v"], generator=generator, **sampling["understand"])
             z_v, y_joint = joint(model, batch["c"], world.shape, generator=generator, **sampling["joint"])
-            keep(frames=world.codec.decode(batch["z_v"]), captions=world.tokenizer.decode(y_hat),
-                 joint_frames=world.codec.decode(z_v), joint_captions=world.tokenizer.decode(y_joint))
+            keep(frames=world.codec.decode(batch["z_v"].cpu()), captions=world.tokenizer.decode(y_hat.cpu()),
+                 joint_frames=world.codec.decode(z_v.cpu()), joint_captions=world.tokenizer.decode(y_joint.cpu()))
     return found
+
+
+@torch.no_grad()
+def held_out_losses(model, world, split, clips, seed, has_text):
+    """Mean of every loss over clips 0 .. clips - 1 of a split, with independent clocks and always the same clocks and noise."""
+    batch, losses = {name: x.to(next(model.parameters()).device) for name, x in world.dataset(split).__getitems__(range(clips)).items()}, {}
+    for target in ("prompt", "caption") if has_text else (None,):
+        _, parts = uni_flow_loss(model, batch["z_v"], batch.get(target), batch["c"], generator=torch.Generator().manual_seed(seed))
+        for name in ("video", "text", "anchor") if target else ("video",):
+            losses[f"{name} ({target})" if target else name] = round(parts[name].mean().item(), 6)
+    return losses
 
 
 def measure(found, suffix, results):
@@ -134,6 +145,7 @@ def evaluate(model, world, out, clips, seed, elapsed, has_text):
     for split, suffix in (("seen", ""), ("unseen", "_unseen")):
         found = sample_split(model, world, split, clips, seed, has_text)
         measure(found, suffix, results)
+        results.setdefault("loss", {})[split] = held_out_losses(model, world, split, clips, seed, has_text)
         if split == "seen":
             contact_sheet(found).save(out / "samples.png")
             gifs = {"generate": ("drawn", "wanted")} | ({"understand": ("frames", "captions"), "joint": ("joint_frames", "joint_captions")} if has_text else {})

@@ -59,10 +59,10 @@ class Tokenizer:
         """One text -> list of N ints."""
         words = text.split()
         if len(words) > N - 1:
-            raise ValueError(f"text has {len(words)} words, wanted at most {N - 1}: {text!r}")
+            raise ValueError(f"text has {len(words)} words, wanted at most {N - 1}: {text[:60]!r}...")
         for word in words:
             if word not in self.ids:
-                raise ValueError(f"word is {word!r}, wanted one of: {' '.join(self.ids)}")
+                raise ValueError(f"word is {word[:60]!r}, wanted one of: {' '.join(self.ids)}")
         return [self.ids[word] for word in words] + [EOS] + [PAD] * (N - 1 - len(words))
 
     def decode(self, y):
