@@ -156,8 +156,7 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -207,12 +206,17 @@ def rotate(x, cos, sin, pairs):
 
     pairs: "adjacent" = (2i, 2i+1), Wan's video tokens; "halves" = (i, i + head_dim/2), text tokens as published.
     """
-    split = "(i two)" if pairs == "adjacent" else "(two i)"
-    a, b = rearrange(x.float(), f"b heads n {split} -> two b heads n i", two=2)
-    return rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"two b heads n i -> b heads n {split}").type_as(x)
+    sizes, two = ((-1, 2), -1) if pairs == "adjacent" else ((2, -1), -2)
+    a, b = x.float().unflatten(-1, sizes).unbind(two)               # (B, heads, n, head_dim/2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], two).flatten(-2).type_as(x)
 
 
 # ---------------------------------------------------------------- attention and the block
+
+def join(streams, dim):
+    """Video and text as one sequence; the video alone is not copied."""
+    return torch.cat(streams, dim) if len(streams) > 1 else streams[0]
+
 
 class Attention(nn.Module):
     """Multi-head attention with full-width q/k RMSNorm; parameters named as Wan's."""
@@ -229,7 +233,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
         if rope is not None:
             sizes = [len(cos) for cos, _, _ in rope]
-            q, k = (torch.cat([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
+            q, k = (join([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
         a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
         return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
 
@@ -255,11 +259,11 @@ class Block(nn.Module):
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
         streams = range(len(h))
 
-        x = torch.cat([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)  # [h_v; h_t] (B, n_v + N, dim)
+        x = join([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)     # [h_v; h_t] (B, n_v + N, dim)
         a = self.self_attn(x, x, rope).split(sizes, dim=1)                                   # eq. 14
         h = [h[i] + gate[i] * a[i] for i in streams]
 
-        a = self.cross_attn(self.norm3(torch.cat(h, dim=1)), c).split(sizes, dim=1)          # eq. 4; both read the prompt; no gate, as Wan
+        a = self.cross_attn(self.norm3(join(h, dim=1)), c).split(sizes, dim=1)          # eq. 4; both read the prompt; no gate, as Wan
         h = [h[i] + a[i] for i in streams]
 
         experts = (self.ffn, self.ffn_t)
