@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +31,8 @@ from wan.data import Shards, World  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(prepare.__file__).parent.parent
+TOOLS = {"wan.prepare": prepare, "wan.caption": caption}
 PROMPT = "a red circle"
 CAPTION = "a large red circle moves right on a black background"
 
@@ -232,7 +236,7 @@ def test_a_clip_is_stored_as_codec_encoder_and_tokenizer_give_it(whole, films, w
         assert frames.shape == ((9, 32, 48, 3) if video == "a.mp4" else (9, 48, 32, 3))
         wanted = codec.encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
         assert z_v.dtype == torch.float16 and torch.equal(z_v, wanted.half())
-        length = int(encoder.lengths([PROMPT])[0])
+        length = len(tokenizer.ids(PROMPT))
         assert c.dtype == torch.bfloat16 and torch.equal(c, encoder([PROMPT])[0, :length].bfloat16()) and len(c) == length
         assert prompt.tolist() == list(tokenizer.ids(PROMPT)) and prompt.dtype == caption_ids.dtype == torch.int32
         assert manifest["buckets"]["x".join(map(str, frames.shape[:3]))]["z_v"] == list(z_v.shape)
@@ -280,7 +284,7 @@ def test_latents_and_embeddings_that_are_not_finite_are_refused(go, tmp_path, mo
     assert [(entry["line"], entry["reason"]) for entry in rejected(out)] == [(2, "latent is not finite"), (3, "latent is not finite")]
 
 
-def refusal(call, capsys, code=1, name="prepare.py"):
+def refusal(call, capsys, code=1, name="wan.prepare"):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call()
@@ -302,19 +306,44 @@ def test_a_bad_flag_is_one_line(flags, words, go, tmp_path, capsys):
 
 
 def test_what_cannot_be_prepared_is_one_line(go, films, tmp_path, capsys):
-    (tmp_path / "empty").touch()
-    (tmp_path / "file").write_text("keep")
     bad = write_index(tmp_path / "bad.jsonl", [b"x\n", row("none.mp4")])
     out = tmp_path / "out"
-    assert "does not exist" in refusal(lambda: go(out, index=tmp_path / "none.jsonl"), capsys)
-    assert "is empty" in refusal(lambda: go(out, index=tmp_path / "empty"), capsys)
-    assert "no folder" in refusal(lambda: go(out, "--videos", tmp_path / "none"), capsys)
     assert str(tmp_path / "nowan") in refusal(lambda: go(out, "--wan", tmp_path / "nowan"), capsys)
-    assert "no folder" in refusal(lambda: go(tmp_path / "file"), capsys)
     assert "--prompt-tokens" in refusal(lambda: go(out, "--prompt-tokens", "0-9999"), capsys)
-    assert not out.exists() and (tmp_path / "file").read_text() == "keep"
+    assert not out.exists()
     text = refusal(lambda: go(out, index=bad), capsys)
     assert "2 rows were rejected" in text and "not JSON" in text and len(rejected(out)) == 2 and not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("tool, flag, name, words", [
+    *((tool, *case) for tool in TOOLS for case in (
+        ("--index", "none", "does not exist"), ("--index", "empty", "is empty"), ("--index", "folder", "is a folder, wanted a file"),
+        ("--videos", "none", "is no folder"), ("--videos", "file", "is no folder"), ("--out", "file/in/it", "file is no folder"))),
+    ("wan.prepare", "--out", "file", "is no folder"), ("wan.caption", "--out", "folder", "is a folder, wanted a file"),
+    ("wan.caption", "--out", "file", "line 1 is b'keep', wanted an object with video, prompt, caption")])
+def test_paths_are_checked_before_anything_is_loaded(tool, flag, name, words, films, index, tmp_path, capsys):
+    """Were a part of Wan looked for, it would be missed, for there is none."""
+    (tmp_path / "folder").mkdir(), (tmp_path / "empty").touch(), (tmp_path / "file").write_text("keep\n")
+    flags = {"--videos": films, "--index": index, "--out": tmp_path / "out", "--wan": tmp_path / "nowan", flag: tmp_path / name}
+    flags |= {"--model": "none"} if tool == "wan.caption" else {}
+    text = refusal(lambda: TOOLS[tool].main([str(part) for pair in flags.items() for part in pair]), capsys, name=tool)
+    assert all(word in text for word in words.split()) and str(tmp_path / name.split("/")[0]) in text, text
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "keep\n"
+
+
+@pytest.mark.parametrize("tool, missing", [*(("wan.prepare", name) for name in ("diffusers", "transformers", "ftfy", "av")), ("wan.caption", "tokenizers"),
+                                           ("wan.caption", "av")])
+def test_without_the_extras_one_line_says_what_to_install(tool, missing, films, index, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")    # to import it is a ModuleNotFoundError
+    command = [sys.executable, "-m", tool, "--videos", films, "--index", index, "--out", tmp_path / "out", *(["--model", "none"] * (tool == "wan.caption"))]
+    for flags in ([], ["--help"]):
+        done = subprocess.run([*command, *flags], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        if flags:
+            assert done.returncode == 0 and "--index" in done.stdout and not done.stderr
+        else:
+            wanted = f"{tool}: error: {missing} is not installed: pip install -r requirements-wan.txt\n"
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", wanted)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_are_refused(go, whole, tmp_path, capsys):
@@ -372,12 +401,37 @@ def test_sigkill_in_the_middle(go, whole, films, index, wan, limits, tmp_path):
     code = ("import os, signal, sys\nfrom wan import prepare\nreal, count = prepare.encode, iter(range(9))\n"
             "def encode(*args):\n    next(count) == 5 and os.kill(os.getpid(), signal.SIGKILL)\n    return real(*args)\n"
             "prepare.encode = encode\nprepare.main(sys.argv[1:])")
-    out, root = tmp_path / "out", Path(prepare.__file__).parent.parent
+    out = tmp_path / "out"
     flags = ["--videos", films, "--index", index, "--wan", wan, "--frames", 9, "--sizes", "32x48,48x32", "--shard-clips", 4, *limits, "--out", out]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
     assert done.returncode == -9 and [f.name for f in out.glob("shard-*")] == ["shard-0000-00000.safetensors"], done.stderr.decode()
     go(out)
     assert contents(out) == contents(whole)
+
+
+def test_ctrl_c_ends_a_run_with_130_and_no_traceback(films, wan, limits, go, tmp_path):
+    rows = [row("a.mp4", prompt=str(i)) for i in range(300)]
+    out, index = tmp_path / "out", write_index(tmp_path / "index.jsonl", rows)
+    flags = ["--videos", films, "--index", index, "--wan", wan, "--frames", 9, "--sizes", "32x48", "--shard-clips", 1, *limits, "--out", out]
+    run = subprocess.Popen([sys.executable, "-m", "wan.prepare", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while not [*out.glob("shard-*")] and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors and "manifest" not in output, errors
+    assert 0 < len([*out.glob("shard-*")]) < len(rows) and not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_is_130_in_both_tools(tool, films, index, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "check_folder", interrupt), monkeypatch.setattr(caption, "check_folder", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        TOOLS[tool].main(["--videos", str(films), "--index", str(index), "--out", str(tmp_path / "out"), *(["--model", "none"] * (tool == "wan.caption"))])
+    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_a_shard_that_was_deleted_is_made_again(go, whole, tmp_path):
@@ -398,11 +452,24 @@ def test_ranks_share_the_work(go, whole, tmp_path, monkeypatch, capsys):
     assert one.keys() == four.keys() and all(torch.equal(a, b) for key in one for a, b in zip(one[key], four[key]))
     assert rejected(out) == rejected(whole)
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, out)]
-    for name in ("clips", "rejected", "cut", "vocabulary", "buckets", "longest"):
+    for name in ("clips", "rejected", "cut", "vocabulary", "buckets"):
         assert manifests[0][name] == manifests[1][name]
     assert [name[:10] for name in manifests[1]["shards"]] == [f"shard-000{rank}" for rank in range(4)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "ranks is 2" in refusal(lambda: go(out), capsys)
+
+
+def test_torchrun_gives_the_clips_of_one_process(whole, films, index, wan, limits, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--videos", films, "--index", index, "--wan", wan, "--frames", 9, "--sizes", "32x48,48x32", "--shard-clips", 4, *limits, "--out", out]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "wan.prepare", *map(str, flags)], cwd=ROOT,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = clips_of(whole), clips_of(out)
+    assert one.keys() == two.keys() and all(torch.equal(a, b) for key in one for a, b in zip(one[key], two[key]))
+    assert {name[:10] for name in contents(out) if name.startswith("shard")} == {"shard-0000", "shard-0001"} and rejected(out) == rejected(whole)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, out)]
+    assert {name for name in manifests[0] if manifests[0][name] != manifests[1][name]} == {"ranks", "shards"}
 
 
 # ---------------------------------------------------------------- the dataset
@@ -438,19 +505,19 @@ def test_a_text_of_exactly_n_tokens_goes_without_eos(whole):
     assert shards.tokens(torch.tensor([5, 1])).tolist() == [5, 1] + [0] * (n - 2)
 
 
-def many(folder, sizes, shard_clips=16):
-    """A prepared folder of small clips, sizes[s] of size s; every entry of a clip's latent is its line."""
+def many(folder, sizes, shard_clips=16, channels=2):
+    """A prepared folder of small clips, sizes[s] of size s; every entry of a clip's latent (channels, 1, 2, 2 (s + 1)) is its line."""
     folder.mkdir()
     line, y = iter(range(10**6)), torch.tensor([5, 1], dtype=torch.int32)
     clips = [{"line": next(line), "size": [1, 16, 16 * (s + 1)], "cut": False} for s, n in enumerate(sizes) for _ in range(n)]
     clips = [{"video": f"{clip['line']}.mp4", **clip} for clip in clips]
     manifest = {"format": data.FORMAT, "text_len": 4, "prompt_len": 3, "prompt_dim": 2, "vocab_size": 9, "vocabulary": [0, 1, 5], "wan": "none",
-                "latents": "normalised", "longest": {"text": 1, "c": 1}, "shards": {},
-                "buckets": {f"1x16x{16 * (s + 1)}": {"clips": n, "z_v": [2, 1, 2, 2 * (s + 1)]} for s, n in enumerate(sizes)}}
+                "latents": "normalised", "shards": {},
+                "buckets": {f"1x16x{16 * (s + 1)}": {"clips": n, "z_v": [channels, 1, 2, 2 * (s + 1)]} for s, n in enumerate(sizes)}}
     for i in range(0, len(clips), shard_clips):
         tensors, some = {}, clips[i:i + shard_clips]
         for clip in some:
-            z_v = torch.full((2, 1, 2, clip["size"][2] // 8), clip["line"]).half()
+            z_v = torch.full((channels, 1, 2, clip["size"][2] // 8), clip["line"]).half()
             tensors |= {f"{clip['line']}.{name}": tensor for name, tensor in zip(data.FIELDS, (z_v, torch.ones(1, 2).bfloat16(), y.clone(), y.clone()))}
         path = folder / f"shard-0000-{i:05d}.safetensors"
         save_file(tensors, path, metadata={"clips": json.dumps({"format": data.FORMAT, "clips": some, "vocabulary": [5]})})
@@ -499,6 +566,40 @@ def test_the_loader_reads_a_batch_at_a_time(tmp_path):
         assert batch["z_v"][:, 0, 0, 0, 0].tolist() == shards.line[indices].tolist()
     with pytest.raises(ValueError, match="1x16x16, 1x16x32, wanted one size"):
         shards.__getitems__([int(shards.members[0][0]), int(shards.members[1][0])])
+
+
+READ_ALL = """
+import sys, torch
+from wan.data import Shards
+status = lambda key: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def read(folder):
+    shards, total = Shards(folder), 0
+    loader = torch.utils.data.DataLoader(shards, batch_sampler=[shards.batch(i, 1) for i in range(len(shards))], collate_fn=lambda batch: batch)
+    for batch in loader:
+        total += batch["z_v"].mean().item()                         # every byte of every clip is looked at
+    return total, len(shards)
+read(sys.argv[1])                                                   # what only the first use costs
+before = status("VmRSS")
+total, clips = read(sys.argv[2])
+print(total, clips, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """2 MB a shard: 40 MB and 160 MB of data, after 8 MB that both runs read first."""
+    peak, size = {}, {}
+    for shards in (4, 20, 80):
+        folder = many(tmp_path / str(shards), [4 * shards], shard_clips=4, channels=2**16)
+        size[shards] = sum(f.stat().st_size for f in folder.glob("shard-*"))
+        if shards > 4:
+            done = subprocess.run([sys.executable, "-c", READ_ALL, tmp_path / "4", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+            total, clips, peak[shards] = map(float, done.stdout.split())
+            lines = data.Shards(folder).line
+            assert clips == len(lines) and total == pytest.approx(lines.sum().item(), rel=1e-6)
+    growth, more = peak[80] - peak[20], size[80] - size[20]
+    print(f"\n{size[20] / 1e6:.0f} MB of shards: peak +{peak[20] / 1e6:.1f} MB; {size[80] / 1e6:.0f} MB: +{peak[80] / 1e6:.1f} MB")
+    assert more > 110e6 and growth < 0.1 * more
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -605,7 +706,7 @@ def test_captions_are_asked_for_until_their_length_fits(films, wan, limits, tmp_
             file.write('{"video": "a.m')                            # as a kill leaves it
     assert asked[0][:3] == ("vlm", 3, (64, 48)) and PROMPT in asked[0][3] and [sample for *_, sample in asked[:2]] == [False, True]
     monkeypatch.undo()
-    assert "no folder" in refusal(lambda: caption.main([*map(str, flags[2:]), "--videos", "none"]), capsys, name="caption.py")
+    assert "no folder" in refusal(lambda: caption.main([*map(str, flags[2:]), "--videos", "none"]), capsys, name="wan.caption")
 
 
 def test_a_real_pipeline_of_transformers_answers(tmp_path):

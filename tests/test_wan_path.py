@@ -2,10 +2,16 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 for module in ("diffusers", "transformers", "av", "ftfy"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
@@ -13,7 +19,7 @@ for module in ("diffusers", "transformers", "av", "ftfy"):
 import av  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tiny_wan import write_clip, write_wan_folder  # noqa: E402
+from tiny_wan import fake_hub, write_clip, write_wan_folder  # noqa: E402
 
 import wan  # noqa: E402
 from univigu import Config, UniViGU  # noqa: E402
@@ -23,6 +29,7 @@ from wan.weights import PUBLISHED, rename  # noqa: E402
 pytestmark = pytest.mark.slow
 
 SIZE = ["--size", "32x48", "--frames", "9", "--steps", "3"]
+TRAIN = ["--recall-steps", "3", "--refine-steps", "4", "--batch", "2", "--log-every", "1", "--warmup", "0"]
 PROMPTS = ["a red ball moves right", "a blue box moves up", "a green cat"]
 
 
@@ -39,8 +46,7 @@ def path(tmp_path_factory):
     (root / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.main(["--videos", str(root / "videos"), "--index", str(root / "index.jsonl"), "--out", str(root / "data"), "--wan", str(root / "wan"),
                   "--frames", "9", "--sizes", "32x48", "--caption-tokens", "4-40"])
-    train.main(["--data", str(root / "data"), "--init", str(root / "wan"), "--out", str(root / "run"), "--recall-steps", "3", "--refine-steps", "4",
-                "--batch", "2", "--log-every", "1", "--warmup", "0"])
+    train.main(["--data", str(root / "data"), "--init", str(root / "wan"), "--out", str(root / "run"), *TRAIN])
     (root / "seconds").write_text(str(time.time() - begin))
     return root
 
@@ -148,8 +154,8 @@ def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_
     use(capsys, "joint", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "both.mp4")
     assert len(frames_of(tmp_path / "drawn.mp4")[0]) == len(frames_of(tmp_path / "both.mp4")[0]) == 9
 
-    prepare.main(["--videos", str(path / "videos"), "--index", str(path / "index.jsonl"), "--out", str(tmp_path / "data"), "--wan", str(path / "wan"), "--frames", "9",
-                  "--sizes", "32x48", "--caption-tokens", "4-256", "--latents", "raw"])
+    prepare.main(["--videos", str(path / "videos"), "--index", str(path / "index.jsonl"), "--out", str(tmp_path / "data"), "--wan", str(path / "wan"),
+                  "--frames", "9", "--sizes", "32x48", "--caption-tokens", "4-256", "--latents", "raw"])
     train.main(["--data", str(tmp_path / "data"), "--vocabulary", "full", "--init", str(tmp_path / "published.pth"), "--stages", "refine", "--refine-steps", "1",
                 "--refine-lr", "0", "--out", str(tmp_path / "run"), "--batch", "1", "--eval-clips", "0"])
     trained, start = UniViGU.from_pretrained(tmp_path / "run" / "refine"), wan.load(tmp_path / "published.pth")
@@ -169,6 +175,70 @@ def test_stages_may_go_on_from_a_runs_checkpoint_but_not_with_other_tokens(path,
         train.main(["--data", str(tmp_path / "other"), "--out", str(tmp_path / "wrong"), *again])
     assert "vocab" in str(end.value.code) and not (tmp_path / "wrong").exists()
 
+
+# ---------------------------------------------------------------- a run that is stopped
+
+def assert_same_weights(out, path):
+    """Bit for bit those of the run that nobody stopped, and the same losses on the way there."""
+    for stage in ("recall", "refine"):
+        found, wanted = (load_file(run / stage / "model.safetensors") for run in (out, path / "run"))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted), stage
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (out, path / "run")]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+
+
+def test_training_stopped_after_every_step_ends_with_the_same_weights(path, tmp_path):
+    out, stops, flags = tmp_path / "run", 0, ["--data", str(path / "data"), "--init", str(path / "wan"), *TRAIN]
+    while flags:
+        try:
+            train.main([*flags, "--out", str(out), "--time-limit", "1e-9", "--eval-clips", "0"])
+            break
+        except SystemExit as end:
+            assert not isinstance(end.code, str), end.code
+            flags, stops = ["--resume"], stops + 1
+    assert stops == 6
+    assert_same_weights(out, path)
+
+
+def test_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_weights(path, tmp_path):
+    """SIGKILL in step 6; the last checkpoint is an earlier one."""
+    code = ("import os, signal, sys\nimport train\nreal, count = train.uni_flow_loss, iter(range(9))\n"
+            "def loss(*args, **options):\n    next(count) == 5 and os.kill(os.getpid(), signal.SIGKILL)\n    return real(*args, **options)\n"
+            "train.uni_flow_loss = loss\ntrain.main(sys.argv[1:])")
+    flags = ["--data", path / "data", "--init", path / "wan", *TRAIN, "--save-every", 2, "--eval-clips", 0, "--out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=Path(train.__file__).parent, capture_output=True)
+    assert done.returncode == -9 and not (tmp_path / "run" / "refine").exists(), done.stderr.decode()[-3000:]
+    assert 2 <= train.checkpoints(tmp_path / "run")[-1][0] <= 5
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert_same_weights(tmp_path / "run", path)
+
+
+@pytest.mark.parametrize("workers, step, bytes_left", [(0, 5, 0), (0, 5, 300), (0, 5, 0.9), (2, 3, 0.9)])
+def test_a_shard_that_is_cut_while_training_runs_ends_it_with_one_line(workers, step, bytes_left, path, tmp_path, monkeypatch):
+    """Cut in `step`, long after the dataset was opened, and before the next batch is read; workers read a stage's few batches at once, so its last step."""
+    data, out, real, count = shutil.copytree(path / "data", tmp_path / "data"), tmp_path / "run", train.uni_flow_loss, iter(range(1, 100))
+    shard, = data.glob("shard-*")
+    whole = shard.read_bytes()
+
+    def loss(*args, **options):
+        if next(count) == step:
+            os.truncate(shard, int(len(whole) * bytes_left) if bytes_left < 1 else bytes_left)
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "uni_flow_loss", loss)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--data", str(data), "--init", str(path / "wan"), *TRAIN, "--save-every", "2", "--eval-clips", "0", "--workers", str(workers), "--out", str(out)])
+    text = end.value.code
+    assert text.startswith(f"train.py: error: shard {shard} has {shard.stat().st_size} bytes and cannot be read") and "wan.prepare again" in text, text
+    assert "\n" not in text and not (out / "refine").exists()
+    shard.write_bytes(whole)
+    saved, last = train.checkpoints(out)[-1]
+    assert 3 <= saved <= step and wan.load(last).config == UniViGU.from_pretrained(path / "run" / "refine").config
+    train.main(["--resume", "--out", str(out)])
+    assert_same_weights(out, path)
+
+
+# ---------------------------------------------------------------- sampling
 
 def test_wan_itself_draws_but_does_not_describe(path, tmp_path, capsys):
     here = ["--checkpoint", path / "wan", *SIZE]
@@ -191,6 +261,17 @@ def test_dry_run_reads_no_weights(path, capsys, monkeypatch):
     monkeypatch.setattr(wan, "load", None)
     text = use(capsys, "generate", "--checkpoint", path / "wan", "--prompt", "a cat", "--dry-run", "--size", "480x832", "--frames", "81")
     assert "32,760 video tokens" in text and "minutes" in text and "GB" in text
+
+
+def test_dry_runs_from_the_hub_download_no_weights(path, tmp_path, capsys, monkeypatch):
+    shutil.copytree(path / "wan", tmp_path / "someone" / "wan")
+    fetched = fake_hub(tmp_path, monkeypatch)
+    headers = {"transformer/config.json", "header of transformer/diffusion_pytorch_model.safetensors"}
+    text = use(capsys, "generate", "--checkpoint", "someone/wan", "--prompt", "a cat", "--dry-run", "--size", "480x832", "--frames", "81")
+    assert "32,760 video tokens" in text and fetched == headers
+    fetched.clear()
+    train.main(["--data", str(path / "data"), "--init", "someone/wan", "--out", str(tmp_path / "run"), "--dry-run"])
+    assert "parameters" in capsys.readouterr().out and fetched == headers and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,15 +1,21 @@
-"""A tiny random Wan2.1 on disk, in the real diffusers layout, and small video files: what the tests of wan/ run on."""
+"""A tiny random Wan2.1 on disk, in the real diffusers layout, small video files, and a hub without a network: what the tests of wan/ run on."""
 
+import fnmatch
 import json
 import math
+import shutil
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from huggingface_hub.utils import EntryNotFoundError, SafetensorsFileMetadata, TensorInfo
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import UMT5Config, UMT5EncoderModel
+
+from wan import codec, weights
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]  # umT5's first ids
 WORDS = """a the of and in on with moves moving across slowly quickly over under behind from left right top bottom to up down small large bright dark red
@@ -82,3 +88,30 @@ def write_clip(path, frames=20, size=(48, 64), fps=24, kind=None, seed=0):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
         file.mux(stream.encode())
     return path
+
+
+def fake_hub(root, monkeypatch):
+    """The hub's repositories are the folders root/OWNER/NAME from now on. Returns the set of what was asked for: names of files, "header of NAME"."""
+    fetched = set()
+
+    def snapshot_download(repo, allow_patterns):
+        cache = root / "cache" / repo                               # it does not exist where nothing ever matched
+        for f in (f for f in (root / repo).rglob("*") if f.is_file()):
+            name = str(f.relative_to(root / repo))
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                fetched.add(name)
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(f, cache / name)
+        return str(cache)
+
+    def parse_safetensors_file_metadata(repo, name):
+        if not (root / repo / name).is_file():
+            raise EntryNotFoundError(f"404: no {name} in {repo}")
+        fetched.add(f"header of {name}")
+        with safe_open(root / repo / name, "pt") as file:
+            return SafetensorsFileMetadata({}, {key: TensorInfo("F32", file.get_slice(key).get_shape(), (0, 0)) for key in file.keys()})
+
+    for module in (codec, weights):
+        monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(weights, "parse_safetensors_file_metadata", parse_safetensors_file_metadata)
+    return fetched

@@ -9,15 +9,13 @@ listed with their reason beside it, in index.rejected.jsonl. A run that was stop
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import av
 import torch
 from tqdm import tqdm
 
-from .codec import Tokenizer
-from .prepare import FPS, find, read_frames, read_index, read_lines, span, write
+from .prepare import FPS, REJECTED, check_folder, find, read_frames, read_index, read_lines, run, span, write
+from .weights import one_line
 
 QUESTION = """These are {frames} frames of one video of {seconds:.1f} seconds, in order. It was made from this prompt: "{prompt}"
 Describe the video in one paragraph of about {words} words. Cover everything in the prompt as it is seen in the video, and add the details that the prompt
@@ -29,10 +27,13 @@ TRIES = 4
 
 
 def load(model):
-    """A hub id or folder of any image-text-to-text model -> a function (images, question, sample) -> answer."""
+    """A hub id or folder of any image-text-to-text model -> a function (images, question, sample) -> answer. Raises ValueError where it is none."""
     from transformers import pipeline
 
-    pipe = pipeline("image-text-to-text", model=model, dtype="auto", device=0 if torch.cuda.is_available() else -1)
+    try:
+        pipe = pipeline("image-text-to-text", model=model, dtype="auto", device=0 if torch.cuda.is_available() else -1)
+    except Exception as error:  # models of other kinds and packages that are missing fail in many ways
+        raise ValueError(f"--model {model} cannot be loaded: {type(error).__name__}: {one_line(error)[:500]}") from None
 
     def answer(images, question, sample):
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
@@ -70,11 +71,19 @@ def caption(flags, load=load):
     if not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos} is no folder")
     rows, rejected, _ = read_index(Path(flags.index), ("video", "prompt"))
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder, wanted a file to write")
+    check_folder(out.parent)
+    before = {out: read_lines(out, ("video", "prompt", "caption")), refused: read_lines(refused, REJECTED)}
+    import av  # noqa: F401  it is needed below: if it is missed, then here
+
+    from .codec import Tokenizer  # here, for it takes seconds: --help and bad flags need not wait
+
     tokenizer, answer = Tokenizer(flags.wan), load(flags.model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path in (out, refused):
-        write(path, "".join(json.dumps(row) + "\n" for row in read_lines(path)))             # a kill may have cut the last line
-    done = {(row["video"], row["prompt"]) for row in read_lines(out)} | {(row["line"], row["video"]) for row in read_lines(refused)}
+    for path, lines in before.items():
+        write(path, "".join(json.dumps(row) + "\n" for row in lines))   # a kill may have cut the last line
+    done = {(row["video"], row["prompt"]) for row in before[out]} | {(row["line"], row["video"]) for row in before[refused]}
     todo = [line for line, row in sorted((rows | rejected).items()) if (line, row[0]) not in done and rows.get(line) not in done]
     for line in tqdm(todo, unit="row", disable=None):
         video, prompt = rows[line] if line in rows else (rejected[line][0], None)
@@ -82,8 +91,8 @@ def caption(flags, load=load):
             if line in rejected:
                 raise ValueError(rejected[line][1])
             frames = read_frames(find(videos, video), flags.frames, lambda image: image.thumbnail((640, 640)) or image)
-        except (ValueError, OSError, av.FFmpegError) as error:
-            append(refused, {"line": line, "video": video, "reason": " ".join(str(error).split())})
+        except (ValueError, OSError) as error:
+            append(refused, {"line": line, "video": video, "reason": one_line(error)})
             continue
         chosen = torch.linspace(0, len(frames) - 1, min(flags.show, len(frames))).round().int().tolist()
         text, found = describe([frames[i] for i in chosen], len(frames) / FPS, prompt, answer, tokenizer, low, high)
@@ -91,13 +100,14 @@ def caption(flags, load=load):
             append(out, {"video": video, "prompt": prompt, "caption": text})
         else:
             append(refused, {"line": line, "video": video, "reason": f"caption has {found} tokens after {TRIES} tries, wanted {low} to {high}"})
-    print(f"{len(read_lines(out))} rows captioned, see {out}; {len(read_lines(refused))} rejected, see {refused}")
+    captioned, left = (path.read_bytes().count(b"\n") for path in (out, refused))
+    print(f"{captioned} rows captioned, see {out}; {left} rejected, see {refused}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="caption.py", usage="python -m wan.caption [--flag value ...]      --help lists the flags", description=__doc__,
+    parser = argparse.ArgumentParser(prog="wan.caption", usage="python -m wan.caption [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"caption.py: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"wan.caption: error: {message}\n")
     parser.add_argument("--videos", required=True, help="folder of the videos")
     parser.add_argument("--index", required=True, help="JSONL file, a row {video, prompt} a line")
     parser.add_argument("--model", required=True, help="folder or hub id of a vision-language model that reads several images")
@@ -110,10 +120,7 @@ def main(argv=None):
     for name, good in (("frames", flags.frames > 0), ("show", flags.show > 0), ("caption_tokens", flags.caption_tokens[0] <= flags.caption_tokens[-1])):
         if not good:
             parser.error(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {'LOW-HIGH' if name == 'caption_tokens' else 'at least 1'}")
-    try:
-        caption(flags)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"caption.py: error: {' '.join(str(error).split())}")
+    run("wan.caption", caption, flags)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 
 from .data import EOS, PAD
-from .weights import open_safetensors, read_json, some
+from .weights import ask_hub, one_line, open_safetensors, read_json, some
 
 try:
     import ftfy
     import tokenizers
     from diffusers import AutoencoderKLWan
     from transformers import UMT5EncoderModel
-except ModuleNotFoundError:
-    raise ModuleNotFoundError("wan needs requirements-wan.txt: pip install -r requirements-wan.txt") from None
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is not installed: pip install -r requirements-wan.txt", name=error.name) from None
 
 STRIDE_T = 4  # frames of a latent; diffusers' encode has it built in
 WRITTEN_BY = ("transformers_version", "dtype", "torch_dtype")  # keys of a config.json that change when it is written again
@@ -115,10 +115,6 @@ class PromptEncoder:
         """16 hexadecimal digits that change with umT5's config, weights and tokenizer, see digest."""
         return digest(self.folder, self.tensors, self.tokenizer.file.read_bytes())
 
-    def lengths(self, texts):
-        """B texts -> list of B numbers of tokens, EOS counted: so many rows of c are not zero."""
-        return [len(self.tokenizer.ids(text)) for text in listed(texts)]
-
     def __call__(self, texts):
         """B texts -> c (B, length, width). Raises ValueError for a text of more than `length` tokens, EOS counted, and where umT5 gives NaN."""
         rows = [self.tokenizer.ids(text) for text in listed(texts)]
@@ -207,10 +203,7 @@ def locate(path, part):
     """The folder `part` of a Wan2.1 folder, or, where there is no such path, of a repository of the hub."""
     root = Path(path)
     if not root.exists():
-        try:
-            root = Path(snapshot_download(str(path), allow_patterns=[f"{part}/*.json", f"{part}/*.safetensors"]))
-        except Exception as error:  # no network, no such name, no permission: each has errors of its own
-            raise FileNotFoundError(f"{path} is neither a folder here nor on the hub: {type(error).__name__}: {one_line(error)}") from None
+        root = Path(ask_hub(snapshot_download, str(path), allow_patterns=[f"{part}/*.json", f"{part}/*.safetensors"]))
     if not (root / part).is_dir():
         raise FileNotFoundError(f"{root} has no folder {part}, wanted Wan2.1 in the diffusers layout")
     return root / part
@@ -269,8 +262,3 @@ def listed(texts):
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts is {texts!r}, wanted a list of strings")
     return texts
-
-
-def one_line(error):
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())

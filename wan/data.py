@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -26,14 +27,21 @@ NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕
                    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
 
-def read_header(path):
-    """What a shard says of itself: dict(clips=[dict(line, video, size, z_v, cut, tokens), ...], vocabulary=[id, ...]). Raises ValueError, FileNotFoundError."""
+@contextmanager
+def open_shard(path):
+    """A shard's tensors, mapped while they are looked at. Raises ValueError where it is cut or damaged, FileNotFoundError where it is gone."""
     try:
         with safe_open(path, "pt") as shard:
-            header = json.loads((shard.metadata() or {}).get("clips", "{}"))
-            missing = {f"{clip['line']}.{name}" for clip in header.get("clips", ()) for name in FIELDS} - set(shard.keys())
+            yield shard
     except SafetensorError as error:  # safetensors compares the file's size with its header
         raise ValueError(f"shard {path} has {path.stat().st_size} bytes and cannot be read ({error}): delete it and run wan.prepare again") from None
+
+
+def read_header(path):
+    """What a shard says of itself: dict(clips=[dict(line, video, size, z_v, cut), ...], vocabulary=[id, ...]). Raises ValueError, FileNotFoundError."""
+    with open_shard(path) as shard:
+        header = json.loads((shard.metadata() or {}).get("clips", "{}"))
+        missing = {f"{clip['line']}.{name}" for clip in header.get("clips", ()) for name in FIELDS} - set(shard.keys())
     if header.get("format") != FORMAT:
         raise ValueError(f"shard {path} has format {header.get('format')!r}, wanted {FORMAT!r}")
     if missing:
@@ -69,22 +77,18 @@ class Shards(Dataset):
     """The clips of a prepared folder. Only their places are kept in memory; a shard is mapped while a clip is read from it.
 
     A batch is made in one go and comes out collated: a DataLoader needs a batch sampler, see `batch`, and `collate_fn=lambda batch: batch`.
-    `buckets`: the sizes "TxHxW" in pixels, `bucket` (clips,): each clip's. text_len N and prompt_len L pad the texts (default: the manifest's). Token
-    ids count through the tokens that occur in the data, in order, or, with full_vocabulary, are umT5's own.
-    Split "val" is empty where there are no more than 10 videos. Raises FileNotFoundError or ValueError for a missing, cut or foreign file, an
-    unknown split and lengths that are too short.
+    `buckets`: the sizes "TxHxW" in pixels, `bucket` (clips,): each clip's. Token ids count through the tokens that occur in the data, in order, or,
+    with full_vocabulary, are umT5's own. Split "val" is empty where there are no more than 10 videos. Raises FileNotFoundError or ValueError for a
+    missing, cut or foreign file, here and when a clip is read, and for an unknown split.
     """
 
-    def __init__(self, folder, *, seed=0, split="train", text_len=None, prompt_len=None, full_vocabulary=False):
+    def __init__(self, folder, *, seed=0, split="train", full_vocabulary=False):
         self.folder, self.seed, manifest = Path(folder), seed, read_manifest(folder)
-        self.text_len, self.prompt_len = text_len or manifest["text_len"], prompt_len or manifest["prompt_len"]
+        self.text_len, self.prompt_len = manifest["text_len"], manifest["prompt_len"]
         self.names, self.buckets = list(manifest["shards"]), list(manifest["buckets"])
         self.vocabulary = None if full_vocabulary else torch.tensor(manifest["vocabulary"])
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
-        for name, found, wanted in (("text_len", self.text_len, manifest["longest"]["text"]), ("prompt_len", self.prompt_len, manifest["longest"]["c"])):
-            if found < wanted:
-                raise ValueError(f"{name} is {found}, but {self.folder} has texts of {wanted} tokens")
         places, videos = [], []
         for i, (name, wanted) in enumerate(manifest["shards"].items()):
             path = self.folder / name
@@ -134,7 +138,7 @@ class Shards(Dataset):
 
     def read(self, index):
         """A clip as it is stored: z_v (C, F, H, W) float16, c (its tokens, width) bfloat16, umT5's ids of prompt and caption, int32, with EOS."""
-        with safe_open(self.folder / self.names[self.shard[index]], "pt") as shard:
+        with open_shard(self.folder / self.names[self.shard[index]]) as shard:
             return [shard.get_tensor(f"{self.line[index]}.{name}") for name in FIELDS]
 
     def tokens(self, ids):
@@ -190,8 +194,6 @@ class World:
     def read_video(self, path, frames, sizes):
         """A video file -> frames (1, 3, T, H, W) in [-1, 1], its first `frames`, retimed, resized and cropped as the training data to the one of `sizes`
         (H, W) whose aspect ratio is nearest. Raises FileNotFoundError or ValueError for a file that gives none."""
-        import av
-
         from .prepare import DEMUXERS, read_clip
 
         if not Path(path).is_file():
@@ -200,7 +202,7 @@ class World:
             raise ValueError(f"video {path} ends in {Path(path).suffix!r}, wanted one of {', '.join(DEMUXERS)}")
         try:
             clip, _ = read_clip(Path(path), sizes, frames, frames)
-        except (ValueError, OSError, av.FFmpegError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"video {path} cannot be read: {error}") from None
         return rearrange(torch.from_numpy(clip), "t h w rgb -> 1 rgb t h w").float() / 127.5 - 1
 

@@ -21,7 +21,6 @@ from fractions import Fraction
 from itertools import chain, count, islice
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from einops import rearrange
@@ -30,11 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .codec import Codec, PromptEncoder, Tokenizer
 from .data import EOS, FORMAT, PAD, read_header
-from .weights import read_json
+from .weights import one_line, read_json
 
 FPS = 16  # Wan's
+REJECTED = ("line", "video", "reason")  # fields of a line of rejected*.jsonl
 DEMUXERS = {".mp4": "mov", ".mov": "mov", ".webm": "matroska", ".gif": "gif", ".png": "png_pipe", ".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe"}
 
 
@@ -45,6 +44,8 @@ def decode(path):
 
     Raises ValueError, OSError or av.FFmpegError on a file that is damaged or of another kind than its ending says.
     """
+    import av
+
     with av.open(str(path), format=DEMUXERS[path.suffix.lower()]) as file:  # no guessing: what passes for a playlist would open other files
         stream, start = file.streams.best("video"), None
         if stream is None:
@@ -72,11 +73,16 @@ def retime(frames):
 
 
 def read_frames(path, limit, fit):
-    """The first `limit` frames of a video at 16 fps, upright PIL images given to `fit`; a list of what it returned. Raises as decode."""
+    """The first `limit` frames of a video at 16 fps, upright PIL images given to `fit`; a list of what it returned. Raises ValueError or OSError."""
+    import av
+
     kept, last = [], None
-    for frame in islice(retime(decode(path)), limit):
-        kept.append(kept[-1] if frame is last else fit(frame.to_image().rotate(frame.rotation, expand=True)))
-        last = frame
+    try:
+        for frame in islice(retime(decode(path)), limit):
+            kept.append(kept[-1] if frame is last else fit(frame.to_image().rotate(frame.rotation, expand=True)))
+            last = frame
+    except av.FFmpegError as error:  # of many kinds, some of which are ValueErrors too
+        raise OSError(error.strerror or str(error)) from None
     return kept
 
 
@@ -131,10 +137,12 @@ def read_row(line, fields):
 def read_index(path, fields=("video", "prompt", "caption")):
     """A JSONL file -> the rows by line, from 1, each a tuple of `fields`; (video or None, reason) by line for the rest; the file's SHA-256.
 
-    Raises FileNotFoundError where it is missing or empty.
+    Raises ValueError where it is a folder or empty, FileNotFoundError where it is missing.
     """
-    if not path.is_file() or not path.stat().st_size:
-        raise FileNotFoundError(f"--index {path} {'is empty' if path.is_file() else 'does not exist'}, wanted a file with a row a line")
+    if not path.exists():
+        raise FileNotFoundError(f"--index {path} does not exist, wanted a file with a row a line")
+    if path.is_dir() or not path.stat().st_size:
+        raise ValueError(f"--index {path} is {'a folder' if path.is_dir() else 'empty'}, wanted a file with a row a line")
     data, rows, rejected, first = path.read_bytes(), {}, {}, {}
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         try:
@@ -157,10 +165,16 @@ def write(path, text):
     part.replace(path)
 
 
-def read_lines(path):
-    """The complete lines of a JSONL file, parsed: a kill may have cut the last one."""
-    data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
+def read_lines(path, fields):
+    """The complete lines of a JSONL file of ours, parsed: a kill may have cut the last one. Raises ValueError for one that has not these fields."""
+    data, rows = path.read_bytes() if path.exists() else b"", []
+    for number, line in enumerate(data[:data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            [rows[-1][name] for name in fields]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"line {number} of {path} is {line[:40]!r}, wanted an object with {', '.join(fields)}") from None
+    return rows
 
 
 class Part:
@@ -168,9 +182,9 @@ class Part:
 
     def __init__(self, out, rank, size):
         self.out, self.rank, self.size, self.clips, self.tensors = out, rank, size, [], {}
-        self.rejected, rejected = out / f"rejected-{rank:04d}.jsonl", read_lines(out / f"rejected-{rank:04d}.jsonl")
+        self.rejected, rejected = out / f"rejected-{rank:04d}.jsonl", read_lines(out / f"rejected-{rank:04d}.jsonl", REJECTED)
         write(self.rejected, "".join(json.dumps(row) + "\n" for row in rejected))
-        self.done = {row["line"] for shard in out.glob(f"shard-{rank:04d}-*.safetensors") for row in read_header(shard)["clips"]}
+        self.done = {clip["line"] for shard in out.glob(f"shard-{rank:04d}-*.safetensors") for clip in read_header(shard)["clips"]}
         self.done |= {row["line"] for row in rejected}
 
     def reject(self, line, video, reason):
@@ -195,10 +209,15 @@ class Part:
             self.clips, self.tensors = [], {}
 
 
+def check_folder(out):
+    """Raises ValueError unless `out` is a folder that can be written to, or may become one."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out {out}{'' if there == out else f': {there}'} is {'a folder without write permission' if there.is_dir() else 'no folder'}")
+
+
 def begin(out, settings):
     """Makes `out` and notes the settings there. Raises ValueError where it holds data of other settings."""
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK | os.X_OK)):
-        raise ValueError(f"--out {out} is {'a folder without write permission' if out.is_dir() else 'no folder'}")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     stored = read_json(path) if path.exists() else settings
@@ -215,7 +234,7 @@ def merge(out, settings, rows, wan):
     """
     headers = {path: read_header(path) for path in sorted(out.glob("shard-*.safetensors"))}
     clips = [clip for header in headers.values() for clip in header["clips"]]
-    rejected = sorted((row for path in out.glob("rejected-*.jsonl") for row in read_lines(path)), key=lambda row: row["line"])
+    rejected = sorted((row for path in out.glob("rejected-*.jsonl") for row in read_lines(path, REJECTED)), key=lambda row: row["line"])
     if sorted(row["line"] for row in clips + rejected) != list(range(1, rows + 1)):
         print(f"{len(clips) + len(rejected)} of {rows} rows are done; the last rank to finish writes the manifest")
         return
@@ -225,7 +244,6 @@ def merge(out, settings, rows, wan):
     buckets = Counter(("x".join(map(str, clip["size"])), *clip["z_v"]) for clip in clips)
     manifest = settings | {
         "wan": wan, "clips": len(clips), "rejected": len(rejected), "cut": sum(clip["cut"] for clip in clips),
-        "longest": {name: max(clip["tokens"][name] for clip in clips) for name in ("text", "c")},
         "buckets": {size: {"clips": n, "z_v": z_v} for (size, *z_v), n in sorted(buckets.items())},
         "shards": {path.name: {"clips": len(header["clips"]), "bytes": path.stat().st_size} for path, header in headers.items()},
         "vocabulary": sorted({PAD, EOS}.union(*(header["vocabulary"] for header in headers.values())))}
@@ -257,10 +275,13 @@ def check_tokens(tokenizer, limits, *texts):
     return found
 
 
-def encode(frames, prompt, codec, encoder):
-    """frames (T, H, W, 3) uint8 and a prompt -> z_v (C, F, H, W) float16, c (its tokens, width) bfloat16. Raises ValueError unless finite."""
+def encode(frames, prompt, tokens, codec, encoder):
+    """frames (T, H, W, 3) uint8 and a prompt of so many tokens with EOS -> z_v (C, F, H, W) float16, c (tokens, width) bfloat16.
+
+    Raises ValueError unless they are finite.
+    """
     z_v = codec.encode(rearrange(torch.from_numpy(frames), "t h w rgb -> 1 rgb t h w").float() / 127.5 - 1)[0].half()
-    c = encoder([prompt])[0, :int(encoder.lengths([prompt])[0])].bfloat16()
+    c = encoder([prompt])[0, :tokens].bfloat16()
     for name, tensor in (("latent", z_v), ("prompt embedding", c)):
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -274,6 +295,12 @@ def prepare(flags):
     if not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos} is no folder")
     rows, rejected, digest = read_index(Path(flags.index))
+    check_folder(out)
+
+    import av  # noqa: F401  it is needed below: if it is missed, then here
+
+    from .codec import Codec, PromptEncoder, Tokenizer  # here, for it takes seconds: --help and bad flags need not wait
+
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     tokenizer, codec = Tokenizer(flags.wan), Codec(flags.wan, device, latents=flags.latents, tiling=large(flags.sizes))
@@ -304,13 +331,12 @@ def prepare(flags):
         video, prompt, caption = rows[line]
         try:
             frames, cut = clip.result()
-            z_v, c = encode(frames, prompt, codec, encoder)
-        except (ValueError, OSError, av.FFmpegError) as error:  # decoders have errors of their own
-            part.reject(line, video, str(error) if type(error) is ValueError else f"video cannot be read: {getattr(error, 'strerror', None) or error}")
+            ids = check_tokens(tokenizer, limits, prompt, caption)
+            z_v, c = encode(frames, prompt, len(ids[0]), codec, encoder)
+        except (ValueError, OSError) as error:
+            part.reject(line, video, str(error) if isinstance(error, ValueError) else f"video cannot be read: {error}")
             continue
-        ids = check_tokens(tokenizer, limits, prompt, caption)
-        tokens = {"text": max(map(len, ids)) - 1, "c": len(c)}
-        part.add({"line": line, "video": video, "size": list(frames.shape[:3]), "z_v": list(z_v.shape), "cut": cut, "tokens": tokens},
+        part.add({"line": line, "video": video, "size": list(frames.shape[:3]), "z_v": list(z_v.shape), "cut": cut},
                  {"z_v": z_v, "c": c, "prompt": ids[0], "caption": ids[1]})
     part.flush()
     merge(out, settings, len(rows) + len(rejected), str(Path(flags.wan).absolute()) if Path(flags.wan).exists() else flags.wan)
@@ -329,9 +355,9 @@ def span(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="prepare.py", usage="python -m wan.prepare [--flag value ...]      --help lists the flags", description=__doc__,
+    parser = argparse.ArgumentParser(prog="wan.prepare", usage="python -m wan.prepare [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"prepare.py: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"wan.prepare: error: {message}\n")
     parser.add_argument("--videos", required=True, help="folder of the videos")
     parser.add_argument("--index", required=True, help="JSONL file, a row {video, prompt, caption} a line")
     parser.add_argument("--out", required=True, help="folder for shards, manifest.json and rejected.jsonl")
@@ -358,12 +384,20 @@ def parse(argv):
     return flags
 
 
-def main(argv=None):
-    flags = parse(argv)
+def run(name, function, flags):
+    """function(flags), whose failures are one line that begins with `name`, and the process ends. Ctrl-C ends it with status 130."""
     try:
-        prepare(flags)
+        function(flags)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{name}: error: {error.name} is not installed: pip install -r requirements-wan.txt")
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        sys.exit(f"prepare.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"{name}: error: {one_line(error)}")
+
+
+def main(argv=None):
+    run("wan.prepare", prepare, parse(argv))
 
 
 if __name__ == "__main__":

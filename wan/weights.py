@@ -12,13 +12,14 @@ import math
 import pickle
 import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import parse_safetensors_file_metadata, save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 from torch import nn
 
@@ -64,13 +65,16 @@ SUPPORTED = dict(model_type=("t2v",), qk_norm=("rms_norm_across_heads", True), c
 SIZES = dict(dim=("token_embedding.weight", 1), vocab_size=("token_embedding.weight", 0), in_dim=("patch_embedding.weight", 1),
              prompt_dim=("text_embedding.0.weight", 1), freq_dim=("time_embedding.0.weight", 1), ffn_dim=("blocks.0.ffn.0.weight", 0),
              text_ffn_dim=("blocks.0.ffn_t.0.weight", 0))
+FP32 = re.compile("norm|modulation|time_embedding|time_projection")  # parameters that Wan computes with in fp32: names that hold one of these
 WEIGHTS = "diffusion_pytorch_model"
+JSON = ["config.json", "train.json", "world.json", "transformer/config.json", f"{WEIGHTS}*.json", f"transformer/{WEIGHTS}*.json"]
 SHARD = "5GB"
 
 
 def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **overrides):
-    """A checkpoint in any of the four layouts -> UniViGU on `device`, every parameter in `dtype`. Memory peaks at about one copy.
+    """A checkpoint in any of the four layouts -> UniViGU on `device`. Memory peaks at about one copy.
 
+    dtype: of the parameters, but for norms, modulation tables and the networks of the clocks: these stay in fp32, as Wan computes with them.
     path_or_hub_id: a folder, a .pth file, or a repository of the hub. A Wan2.1 checkpoint gets a new text stream, whose parameters
     are listed on stdout; its sizes are those of PRESETS["wan-1.3b"] (text_ffn_dim: dim). base: the Wan2.1 checkpoint, path or hub id,
     that supplies what a published .pth lacks of the video model. overrides: Config fields that the checkpoint does not decide.
@@ -80,20 +84,21 @@ def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **over
     """
     if not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"dtype is {dtype!r}, wanted a floating-point torch.dtype")
-    layout, where, tensors, unexpected, config = look(path_or_hub_id, base, overrides)
+    kind, where, tensors, unexpected, cfg = look(path_or_hub_id, base, overrides)
     with torch.device("meta"):
-        model = UniViGU(config)
+        model = UniViGU(cfg)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    new = [name for name in wanted if layout in CLASSES and UniViGU.is_text(name)]
-    check(layout, where, {name: shape for name, (shape, _) in tensors.items()}, wanted, new, unexpected)
+    new = [name for name in wanted if kind in CLASSES and UniViGU.is_text(name)]
+    check(kind, where, {name: shape for name, (shape, _) in tensors.items()}, wanted, new, unexpected)
 
+    dtypes = {name: torch.float32 if FP32.search(name) else dtype for name in wanted}
     for name in new:
-        place(model, name, torch.empty(wanted[name], dtype=dtype, device=device))
+        place(model, name, torch.empty(wanted[name], dtype=dtypes[name], device=device))
     model.init_weights()                                            # does nothing on the meta device: what will be loaded stays unmade
     for name, (_, read) in tensors.items():
-        tensor = read().to(device, dtype, copy=True)                # a copy: the file may change or go while the model lives
+        tensor = read().to(device, dtypes[name], copy=True)         # a copy: the file may change or go while the model lives
         if not all(x.isfinite() for x in tensor.aminmax()):
-            raise ValueError(f"{where}: {theirs(name, layout)} holds NaN or infinity in {dtype}")
+            raise ValueError(f"{where}: {theirs(name, kind)} holds NaN or infinity in {tensor.dtype}")
         place(model, name, tensor)
     if new:
         model.start_text()
@@ -108,9 +113,11 @@ def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **over
 def export(model, path, layout):
     """Writes the video model, without its text stream, for Wan's own code or for diffusers.
 
-    layout: "official" writes path/config.json and path/diffusion_pytorch_model*.safetensors, "diffusers" the same to path/transformer, in the
-    model's dtype and in files of at most 5 GB. Wan's own code has patch_size (1, 2, 2) and prompt_dim 4096 built in; neither layout can
-    say latents="raw". An earlier export is replaced; raises ValueError for another layout, and where the folder holds anything else.
+    layout: "official" writes path/config.json and path/diffusion_pytorch_model*.safetensors, "diffusers" the same to path/transformer, in files of at
+    most 5 GB. All tensors get the widest of the parameters' dtypes, for diffusers does not run a mixture: what load() made in bf16, and kept in fp32 in
+    parts, is written in fp32, without loss; after model.bfloat16() it is written in bf16. Wan's own code has patch_size (1, 2, 2) and prompt_dim 4096
+    built in; neither layout can say latents="raw". An earlier export is replaced; raises ValueError for another layout, and where the folder holds
+    anything else.
     """
     if layout not in CLASSES:
         raise ValueError(f"layout is {layout!r}, wanted one of {', '.join(CLASSES)}")
@@ -118,16 +125,17 @@ def export(model, path, layout):
     if folder.exists() and not is_export(folder):
         raise ValueError(f"{folder} exists and is no export: wanted a new or empty folder, or one that export() wrote")
     c = model.config
-    config = {"_class_name": CLASSES[layout], **CONFIG_FIXED[layout], **{key: getattr(c, name) for name, key in CONFIG_KEYS[layout].items()}}
+    stored = {"_class_name": CLASSES[layout], **CONFIG_FIXED[layout], **{key: getattr(c, name) for name, key in CONFIG_KEYS[layout].items()}}
     if layout == "diffusers":
-        config["attention_head_dim"] = c.dim // c.num_heads
-    tensors = {rename(name, NAMES[layout]): p.detach() for name, p in model.named_parameters() if not model.is_text(name)}
+        stored["attention_head_dim"] = c.dim // c.num_heads
+    dtype = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    tensors = {rename(name, NAMES[layout]): p.detach().to(dtype) for name, p in model.named_parameters() if not model.is_text(name)}
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         save_torch_state_dict(tensors, part, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=SHARD)
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (part / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
@@ -135,8 +143,9 @@ def export(model, path, layout):
 
 
 def config(path_or_hub_id, *, base=None, **overrides):
-    """The Config of the model that load() would return, from headers alone. Raises as load(), which also compares names, shapes and values."""
-    return look(path_or_hub_id, base, overrides)[-1]
+    """The Config of the model that load() would return, from headers alone: of the hub, no weights are downloaded but a .pth, see find().
+    Raises as load(), which also compares names, shapes and values."""
+    return look(path_or_hub_id, base, overrides, weights=False)[-1]
 
 
 def is_wan(checkpoint):
@@ -149,81 +158,93 @@ def is_wan(checkpoint):
 
 def layout(path_or_hub_id):
     """The name of a checkpoint's layout: "official", "diffusers", "own" or "published". Raises FileNotFoundError, ValueError where there is none."""
-    return find(path_or_hub_id)[0]
+    return find(path_or_hub_id, weights=False)[0]
 
 
 # ---------------------------------------------------------------- looking
 
-def look(path_or_hub_id, base, overrides):
+def look(path_or_hub_id, base, overrides, weights=True):
     """A checkpoint, unread: its layout, where it is, {our name: (shape, function that reads the tensor)}, names that the layout does not have, Config."""
     if unknown := sorted(set(overrides) - {f.name for f in fields(Config)}):
         raise ValueError(f"unknown overrides {', '.join(unknown)}: wanted fields of Config")
-    layout, where = find(path_or_hub_id)
-    tensors, unexpected = open_checkpoint(layout, where)
+    kind, where, tensors, unexpected = open_checkpoint(path_or_hub_id, weights)
     stems = {re.sub(r"^blocks\.\d+", "blocks.*", name.removesuffix(".weight").removesuffix(".bias")) for name in tensors}
-    if base is not None and (layout != "published" or not DIFFUSERS.keys() <= stems):       # else nothing is missing: do not fetch it
-        base_layout, base_where = find(base)
-        if layout != "published" or base_layout not in CLASSES:
-            raise ValueError(f"base {base} is of layout {base_layout}, for a checkpoint of layout {layout}; wanted a Wan2.1 checkpoint for a published one")
-        base_tensors, base_unexpected = open_checkpoint(base_layout, base_where)
+    if base is not None and (kind != "published" or not DIFFUSERS.keys() <= stems):         # else nothing is missing: do not fetch it
+        base_kind, _, base_tensors, base_unexpected = open_checkpoint(base, weights)
+        if kind != "published" or base_kind not in CLASSES:
+            raise ValueError(f"base {base} is of layout {base_kind}, for a checkpoint of layout {kind}; wanted a Wan2.1 checkpoint for a published one")
         tensors, unexpected = base_tensors | tensors, unexpected + base_unexpected
     try:
-        return layout, where, tensors, unexpected, make_config(layout, where, tensors, overrides)
+        return kind, where, tensors, unexpected, make_config(kind, where, tensors, overrides)
     except TypeError as error:
         raise ValueError(f"{where}: a value of its config.json, or an override, has a wrong type: {error}") from None
 
 
-def find(path_or_hub_id):
-    """A path or hub id -> (layout, the folder, or .pth file, that holds the weights)."""
-    path = Path(path_or_hub_id)
-    path = path if path.exists() else fetch(str(path_or_hub_id))
+def find(path_or_hub_id, weights=True):
+    """A path or hub id -> (layout, the folder, or .pth file, that holds the weights). Of the hub, what load() needs is downloaded and nothing else.
+
+    weights=False: of the hub, only the JSON files; but where there is only a .pth, all of it, after a line on stderr: it has no header.
+    """
+    path, remote = Path(path_or_hub_id), not Path(path_or_hub_id).exists()
+    fetch = lambda *patterns: Path(ask_hub(snapshot_download, str(path_or_hub_id), allow_patterns=[*patterns]))
+    path = fetch(*JSON) if remote else path
     if path.is_file():
         if path.suffix != ".pth":
             raise ValueError(f"checkpoint {path} ends in {path.suffix!r}, wanted a folder or a .pth file")
         return "published", path
     folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
-    kind = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
-    if kind is not None:
-        if kind not in CLASSES.values():
-            raise ValueError(f"{folder / 'config.json'} has _class_name {kind!r}, wanted one of {', '.join(CLASSES.values())}")
-        return next(layout for layout, name in CLASSES.items() if name == kind), folder
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return "own", folder
+    stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    name = stored.get("_class_name")
+    if name is not None and name not in CLASSES.values():
+        raise ValueError(f"{folder / 'config.json'} has _class_name {name!r}, wanted one of {', '.join(CLASSES.values())}")
+    kind = next((kind for kind in CLASSES if CLASSES[kind] == name), "own" if "text_flow" in stored else "published")
+    if kind != "published":
+        if remote and weights:
+            fetch("model.safetensors" if kind == "own" else f"{folder.relative_to(path) / WEIGHTS}*.safetensors")
+        return kind, folder
+    if remote:
+        if not weights and not any(path.rglob("*.pth")):
+            print(f"{path_or_hub_id} has no config.json that tells its sizes, and a .pth has no header to read alone: its .pth is downloaded", file=sys.stderr)
+        fetch("*.pth")
     pickles = sorted(folder.rglob("*.pth"))
     if len(pickles) != 1:
-        raise FileNotFoundError(f"{path} holds no checkpoint: wanted config.json with its .safetensors, or one .pth file; "
-                                f"found {some(sorted(f.name for f in path.iterdir())) or 'nothing'}")
+        raise FileNotFoundError(f"{path_or_hub_id} holds no checkpoint: wanted config.json with its .safetensors, or one .pth file; "
+                                f"found {path.is_dir() and some(sorted(f.name for f in path.iterdir())) or 'none of them'}")
     return "published", pickles[0]
 
 
-def fetch(hub_id):
-    """Downloads what load() needs of a repository of the hub, and nothing else, and returns its folder."""
+def ask_hub(function, hub_id, *args, **options):
+    """What a function of huggingface_hub returns. Raises FileNotFoundError, in one line, where it fails."""
     try:
-        for weights in (f"transformer/{WEIGHTS}*", f"{WEIGHTS}*", "model.safetensors", "*.pth"):     # the last: Wan's VAE and umT5 are .pth too
-            folder = Path(snapshot_download(hub_id, allow_patterns=["config.json", "transformer/config.json", "train.json", "world.json", weights]))
-            if any(folder.glob("**/" + weights)):
-                return folder
+        return function(hub_id, *args, **options)
     except Exception as error:  # no network, no such name, no permission: each has errors of its own
-        raise FileNotFoundError(f"checkpoint {hub_id} is neither here nor on the hub: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    raise FileNotFoundError(f"checkpoint {hub_id} is on the hub, but holds no weights of a layout that load() knows")
+        raise FileNotFoundError(f"{hub_id} is neither here nor on the hub: {type(error).__name__}: {one_line(error)}") from None
 
 
-def open_checkpoint(layout, where):
-    """({our name: (shape, function that reads the tensor)}, [names that the layout does not have])."""
-    found = open_pth(where) if layout == "published" else open_safetensors(where, "model" if layout == "own" else WEIGHTS)
-    table = {theirs: ours for ours, theirs in NAMES[layout].items()} if layout in NAMES else None
+def open_checkpoint(path_or_hub_id, weights):
+    """(layout, where it is, {our name: (shape, function that reads the tensor)}, [names that the layout does not have]). weights: see find()."""
+    kind, where = find(path_or_hub_id, weights)
+    hub_id = None if weights or Path(path_or_hub_id).exists() else str(path_or_hub_id)
+    found = open_pth(where) if kind == "published" else open_safetensors(where, "model" if kind == "own" else WEIGHTS, hub_id)
+    table = {theirs: ours for ours, theirs in NAMES[kind].items()} if kind in NAMES else None
     ours = {name: rename(name, table) for name in found}
-    return {ours[name]: tensor for name, tensor in found.items() if ours[name]}, [name for name in found if not ours[name]]
+    return kind, where, {ours[name]: tensor for name, tensor in found.items() if ours[name]}, [name for name in found if not ours[name]]
 
 
-def open_safetensors(folder, stem):
-    """{name: (shape, read)} of one file, or of all shards that an index JSON names."""
+def open_safetensors(folder, stem, hub_id=None):
+    """{name: (shape, read)} of one file, or of all shards that an index JSON names.
+
+    hub_id: the repository whose files these are; of those that are not here it is asked for the headers, and `read` is None.
+    """
     index = folder / f"{stem}.safetensors.index.json"
     files = sorted(set(read_json(index, "weight_map").values())) if index.is_file() else [f"{stem}.safetensors"]
-    if absent := [file for file in files if not (folder / file).is_file()]:
+    absent, found = [file for file in files if not (folder / file).is_file()], {}
+    if absent and not hub_id:
         raise FileNotFoundError(f"{folder} lacks {some(absent)}")
-    found = {}
-    for path in (folder / file for file in files):
+    for file in absent:
+        header = ask_hub(parse_safetensors_file_metadata, hub_id, f"transformer/{file}" if folder.name == "transformer" else file)
+        found |= {name: (tuple(tensor.shape), None) for name, tensor in header.tensors.items()}
+    for path in (folder / file for file in files if file not in absent):
         try:
             with safe_open(path, framework="pt") as file:
                 found |= {name: (tuple(file.get_slice(name).get_shape()), partial(read_tensor, path, name)) for name in file.keys()}
@@ -248,25 +269,25 @@ def open_pth(path):
         raise ValueError(f"{path} holds more than tensors, and is not read: what it pickles could run code") from None
     except Exception as error:  # truncated and foreign files fail in many ways
         raise ValueError(f"{path} is not read: wanted torch.save of a dict with tensors by name under 'model', found "
-                         f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+                         f"{type(error).__name__}: {one_line(error)[:200]}") from None
 
 
 # ---------------------------------------------------------------- names and sizes
 
-def check(layout, where, found, wanted, new, unexpected):
+def check(kind, where, found, wanted, new, unexpected):
     """Raises ValueError unless the tensors found are those wanted, both {our name: shape}, but for the names in `new`."""
-    faults = {"missing": [theirs(name, layout) for name in wanted if name not in found and name not in new],
-              "unexpected": unexpected + [theirs(name, layout) for name in found if name not in wanted],
-              "mis-shaped": [f"{theirs(name, layout)} {shape}, wanted {wanted[name]}" for name, shape in found.items() if wanted.get(name, shape) != shape]}
+    faults = {"missing": [theirs(name, kind) for name in wanted if name not in found and name not in new],
+              "unexpected": unexpected + [theirs(name, kind) for name in found if name not in wanted],
+              "mis-shaped": [f"{theirs(name, kind)} {shape}, wanted {wanted[name]}" for name, shape in found.items() if wanted.get(name, shape) != shape]}
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in faults.items() if names)
-        hint = "; with base= the video model's come from a Wan2.1 checkpoint" if layout == "published" and faults["missing"] else ""
+        listed = "; ".join(f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names)
+        hint = "; with base= the video model's come from a Wan2.1 checkpoint" if kind == "published" and faults["missing"] else ""
         raise ValueError(f"{where} does not fit the model: {listed}{hint}")
 
 
-def theirs(name, layout):
+def theirs(name, kind):
     """Our name of a parameter as the layout has it; ours where it has none."""
-    return rename(name, NAMES.get(layout)) or name
+    return rename(name, NAMES.get(kind)) or name
 
 
 def rename(name, table):
@@ -278,19 +299,19 @@ def rename(name, table):
     return new and new.replace("blocks.*.", block) + leaf
 
 
-def make_config(layout, where, tensors, overrides):
+def make_config(kind, where, tensors, overrides):
     """The Config of a checkpoint: what the checkpoint says, the overrides, and for the rest what PRESETS["wan-1.3b"] has."""
-    if layout == "own":
+    if kind == "own":
         known, rest = read_json(where / "config.json"), {}
         if unknown := sorted(set(known) - {f.name for f in fields(Config)}):
             raise ValueError(f"{where / 'config.json'} has {', '.join(unknown)}: wanted fields of Config")
     else:
         known, rest = sizes(tensors), asdict(PRESETS["wan-1.3b"])
-        if layout == "published":
+        if kind == "published":
             known |= published(where, tensors, known.get("dim", rest["dim"]))
             rest["num_heads"] = max(1, known.get("dim", 0) // 128)
         else:
-            known |= wan_config(layout, where / "config.json")
+            known |= wan_config(kind, where / "config.json")
             rest["text_ffn_dim"] = known["dim"]
     for name in (name for name in overrides if name in known and not name.startswith("text_")):
         found, wanted = (tuple(value) if name == "patch_size" else value for value in (overrides[name], known[name]))
@@ -310,17 +331,17 @@ def sizes(tensors):
     return known
 
 
-def wan_config(layout, path):
+def wan_config(kind, path):
     """The Config fields in a config.json of Wan's. Raises ValueError for a Wan that our model is not."""
     stored = read_json(path)
     for key, allowed in SUPPORTED.items():
         if stored.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{path} has {key} {stored[key]!r}, wanted {allowed[0]!r}: of Wan, only text-to-video is supported")
-    keys = CONFIG_KEYS[layout] | (dict(dim="attention_head_dim") if layout == "diffusers" else {})
+    keys = CONFIG_KEYS[kind] | (dict(dim="attention_head_dim") if kind == "diffusers" else {})
     if absent := [key for key in keys.values() if key not in stored]:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
     known = {name: stored[key] for name, key in keys.items()}
-    if layout == "diffusers":
+    if kind == "diffusers":
         known["dim"] *= known["num_heads"]
     return known
 
@@ -367,3 +388,8 @@ def read_json(path, key=None):
 def some(names):
     """At most 20 of the names, and how many more."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def one_line(error):
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
