@@ -191,8 +191,8 @@ def load(flags):
             state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=config.latents, text_len=config.text_len, prompt_len=config.prompt_len)
             world, stage = wan.World.restore(state, device=device), "refine" if layout == "published" else "generator"
             return lambda: wan.load(flags.checkpoint, base=base, dtype=dtype, device=device), config, world, stage
-        folder = wan.find(flags.checkpoint)[1]                      # ours, on the hub
-    for name in ("model.safetensors", "config.json", "train.json", "world.json"):
+        folder = wan.find(flags.checkpoint, weights=not flags.dry_run)[1]                    # ours, on the hub
+    for name in (*([] if flags.dry_run else ["model.safetensors"]), "config.json", "train.json", "world.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}: wanted a folder that train.py wrote, such as runs/toy/refine")
     stored = read_object(folder / "config.json", {f.name for f in fields(Config)})

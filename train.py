@@ -826,8 +826,8 @@ def main(argv=None):
         torch.manual_seed(train.seed)
         if source:
             check_source(source, world)
-        if train.eval_clips:
-            world.tokenizer                                             # what the evaluation needs should be missed now, not at the end
+        if train.eval_clips or train.val_every:
+            world.tokenizer, world.codec                            # what an evaluation needs should be missed now, not at the end
         model, done = load(source, config) if source else (UniViGU(config), {})
         if not flags.resume and machine.rank == 0:
             start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run

@@ -673,6 +673,7 @@ def test_evaluation_is_the_same_twice(has_text, whole, tmp_path, capsys, monkeyp
     assert results[0]["clips"] == 3 and results[0]["split"] == "train" and all(math.isfinite(value) for value in results[0]["loss"].values())
     names = [f"{name} ({target})" for target in ("prompt", "caption") for name in ("video", "text", "anchor")] if has_text else ["video"]
     assert list(results[0]["loss"]) == names and len(results[0]["captions"]) == 2 * has_text
+    assert {f.stem for f in tmp_path.glob("*.mp4")} == ({"generate", "joint"} if has_text else {"generate"})
     if has_text:
         assert results[0]["captions"][0]["wanted"].startswith(CAPTION)
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from univigu import understand, uni_flow_loss
+from univigu import generate, joint, understand, uni_flow_loss
 
 from .weights import read_json
 
@@ -249,12 +249,16 @@ class World:
 
     @torch.no_grad()
     def evaluate(self, model, out, clips, elapsed, has_text, captions=2):
-        """Held-out losses at fixed clocks and noise, and a few captions beside the true ones; prints them and writes results.json into `out`.
+        """Held-out losses at fixed clocks and noise, a few captions beside the true ones, and a video drawn in each mode that draws; writes results.json, generate.mp4
+        and joint.mp4 into `out`, and prints the results.
 
         clips: how many at most, of split "val", or of "train" where the data are too few to have one. Losses: mean squared velocity errors, one draw of
         independent clocks a clip, no prompt dropped. elapsed: seconds of training before. Returns results.
         """
-        begin, device = time.time(), next(model.parameters()).device
+        from sample import write_video
+
+        begin, self.device = time.time(), next(model.parameters()).device
+        device, generator = self.device, lambda: torch.Generator().manual_seed(self.seed)
         split = "val" if len(self.dataset("val")) else "train"
         data, losses = self.dataset(split), {}
         results = {"seed": self.seed, "split": split, "clips": min(clips, len(data)), "captions": []}
@@ -262,14 +266,22 @@ class World:
             for i in range(results["clips"]):
                 batch = {name: value.to(device) for name, value in data.__getitems__([i]).items()}
                 for target in ("prompt", "caption") if has_text else (None,):
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
-                    _, parts = uni_flow_loss(model, batch["z_v"], batch.get(target), batch["c"], generator=generator)
+                    fixed = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
+                    _, parts = uni_flow_loss(model, batch["z_v"], batch.get(target), batch["c"], generator=fixed)
                     for name in ("video", "text", "anchor") if target else ("video",):
                         losses.setdefault(f"{name} ({target})" if target else name, []).append(parts[name].item())
                 if has_text and i < captions:
-                    y_hat = understand(model, batch["z_v"], generator=torch.Generator().manual_seed(self.seed), **self.sampling["understand"])
+                    y_hat = understand(model, batch["z_v"], generator=generator(), **self.sampling["understand"])
                     written, wanted = self.tokenizer.decode(torch.cat([y_hat, batch["caption"]]).cpu())
                     results["captions"].append({"written": written, "wanted": wanted})
+            first = {name: value.to(device) for name, value in data.__getitems__([0]).items()}
+            shape = first["z_v"].shape[1:]
+            drawn = {"generate": generate(model, first["caption"] if has_text else None, first["c"], shape, generator=generator(), **self.sampling["generate"])}
+            if has_text:
+                drawn["joint"], y_hat = joint(model, first["c"], shape, generator=generator(), **self.sampling["joint"])
+                results["joint"] = self.tokenizer.decode(y_hat.cpu())[0]
+        for mode, z_v in drawn.items():
+            write_video(Path(out) / f"{mode}.mp4", self.codec.decode(z_v.cpu()), self.fps)
         results["loss"] = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
         results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
         (Path(out) / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
