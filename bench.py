@@ -55,15 +55,16 @@ def contestants(config, latent, flags, device):
 
 
 def measure(step, device):
-    """Seconds of one call, and the GPU memory in GB that it peaked at."""
+    """Seconds of one call, and the GB of GPU memory that it took for a time, beside weights and Adam's moments: those of all contestants lie there."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        there = torch.cuda.memory_allocated()
     begin = time.time()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.time() - begin, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+    return time.time() - begin, (torch.cuda.max_memory_allocated() - there) / 1e9 if device.type == "cuda" else float("nan")
 
 
 def main(argv=None):
@@ -104,9 +105,10 @@ def main(argv=None):
         flops = flags.batch * train.forward_flops(config, n_v, n_t)
         steps |= {(name, "training"): (training, 3 * flops), (name, "denoising"): (denoising, flops)}
     found = {key: [] for key in steps}
-    for repeat in range(flags.repeats + 1):                         # the first round warms up
-        for key, (step, _) in steps.items():
-            found[key].append(measure(step, device))
+    with train.preferred_attention(train.Machine(device, flags.bf16, flags.compile, 0, 1)):
+        for repeat in range(flags.repeats + 1):                     # the first round warms up
+            for key, (step, _) in steps.items():
+                found[key].append(measure(step, device))
     print(f"{'':34}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'GB':>7}")
     for (name, kind), runs in found.items():
         seconds, memory = statistics.median(s for s, _ in runs[1:]), max(m for _, m in runs[1:])

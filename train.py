@@ -26,8 +26,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from torch.utils.data import DataLoader
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -102,7 +102,7 @@ class Train:
     workers: int = option(0, "processes per GPU that prepare batches ahead")
     max_skipped: int = option(10, "steps whose loss or gradient was not finite, and which are left out, before the run stops")
     ema: float = option(0.0, "decay of an exponential moving average of the weights, for example 0.999; kept in each checkpoint as ema/. 0 = none")
-    time_limit: float = option(0.0, "minutes after which the run saves and ends, to be resumed; 0 = none")
+    time_limit: float = option(0.0, "minutes after which this call saves and ends, to be resumed; 0 = none")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     save_every: int = option(250, "steps between checkpoints")
     keep: int = option(1, "checkpoints to keep beside those at the stages' ends")
@@ -248,7 +248,7 @@ class Saver:
 
     def save(self, name, model, state, optimizers, meter, average):
         """Called by all processes; process 0 writes OUT/name. state: what train.json says beside the configuration."""
-        self.wait()
+        agreed(self.machine, bool(self.wait()))                     # the others wait too
         if self.machine.ranks > 1:
             dist.all_reduce(meter.sums), dist.all_reduce(meter.loss)
         tensors = {"model.safetensors": get_model_state_dict(model, options=WHOLE)}
@@ -277,25 +277,28 @@ class Saver:
             for text, values in texts.items():
                 (part / file).with_name(text).write_text(json.dumps(values, indent=1))
         torch.save(training, part / "training_state.pt")
+        os.sync()                                                   # before the name says that it is complete
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         for _, old in [c for c in checkpoints(self.train.out) if c[1].name.startswith("step-")][: -self.train.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.part")))
 
 
 def restore(folder, model, optimizers, meter, average, machine):
     """The training state of a checkpoint into optimizers, meter and average. Raises OSError where it is damaged."""
     try:
-        stored = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
-        set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=StateDictOptions(full_state_dict=True))
-        if machine.rank == 0:
-            meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
-        if average:
-            with average.in_place():
-                set_model_state_dict(model, load_file(folder / "ema" / "model.safetensors"), options=StateDictOptions(full_state_dict=True))
+        stored = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu", mmap=True)
+        ema = load_file(folder / "ema" / "model.safetensors") if average else None
     except Exception as error:  # a damaged file fails in many ways
         raise OSError(f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): remove this folder "
                       "and --resume goes on from the checkpoint before it") from None
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
+    if average:
+        with average.in_place():
+            set_model_state_dict(model, ema, options=options)
+    if machine.rank == 0:
+        meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
 
 
 def load(folder, config):
@@ -320,9 +323,24 @@ def load(folder, config):
 
 def checkpoints(out):
     """Complete checkpoints of a run, oldest first: list of (step, folder)."""
-    found = [(json.loads((f / "train.json").read_text())["step"], f) for f in Path(out).glob("*/") if (f / "train.json").exists()
-             and not f.name.startswith(".")]
+    found = []
+    for file in Path(out).glob("[!.]*/train.json"):
+        try:
+            found.append((json.loads(file.read_text())["step"], file.parent))
+        except FileNotFoundError:
+            continue                                                # it has just gone, or been renamed
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} cannot be read: remove {file.parent}") from None
     return sorted(found)
+
+
+LAUNCH = ".launch"
+
+
+def launch():
+    """What names a call of torchrun, the same in all its restarts; "" where there is none. Many nodes need their --rdzv-id to be one."""
+    run, nodes = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("GROUP_WORLD_SIZE", "1")
+    return f"{run} {os.getppid()}" if run and nodes == "1" else "" if run == "none" else run
 
 
 def start_anew(out, overwrite):
@@ -358,6 +376,7 @@ class Machine:
     rank: int
     ranks: int
     stopped: bool = False                                           # SIGTERM arrived
+    begin: float = field(default_factory=time.time)
 
 
 def join_processes(train):
@@ -370,13 +389,15 @@ def join_processes(train):
     bf16 = kind == "cuda" if train.precision == "auto" else train.precision == "bf16"
     steps = sum(getattr(train, f"{stage}_steps") for stage in train.stages.split(","))
     compile = (steps >= 1000 and bool(shutil.which("g++") or shutil.which("clang++"))) if train.compile == "auto" else train.compile == "yes"
+    if kind == "cpu" and train.recompute == "keep-attention":
+        compile = False                                             # torch 2.13's compiler for CPUs gives wrong gradients there for a batch of 1
     if ranks > 1:
         if kind == "cuda":
             torch.cuda.set_device(device)
         store, *_ = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":               # torchrun's agent keeps one store over restarts: else the dead processes are met there
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=2))     # a checkpoint may take long
     return Machine(device, bf16, compile, rank, ranks)
 
 
@@ -396,8 +417,8 @@ def attention_kernel(config, machine):
 def check_memory(train, config, machine):
     """Raises ValueError where a process has less memory than its weights, gradients and Adam's moments will take, before any weights are there."""
     parameters, copies = sizes(train, config)
-    needed, cuda = 16 * parameters / copies, machine.device.type == "cuda"
-    there = torch.cuda.get_device_properties(machine.device).total_memory if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, cuda = (20 if train.ema else 16) * parameters / copies, machine.device.type == "cuda"
+    there = torch.cuda.get_device_properties(machine.device).total_memory if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if needed > there:
         raise ValueError(f"{parameters:,} parameters take {needed / 1e9:.1f} GB in each of {machine.ranks} processes (weights, gradients, Adam's moments), but "
                          f"{machine.device} has {there / 1e9:.1f} GB: wanted more processes with --parallel fsdp, or a smaller model")
@@ -415,17 +436,19 @@ class Objective(torch.nn.Module):
 
 
 def parallelise(model, train, machine):
-    """The Objective of a model, over all processes. Order matters: recompute, then compile, then shard, each block on its own."""
+    """The Objective of a model, over all processes: each block compiled, recomputed and sharded on its own."""
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp = 64, False      # a graph for each size of video; blocks are cut already
     for block in model.blocks:
+        if machine.compile and train.recompute != "keep-attention":
+            block.forward = torch.compile(block.forward, dynamic=False)
         if train.recompute != "none":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                    **({"context_fn": keep_attention} if train.recompute == "keep-attention" else {}))
-        if machine.compile:
-            block.compile()
-    objective = Objective(model.to(machine.device))
+            block.forward = recomputed(block.forward, *([keep_attention] if train.recompute == "keep-attention" else []))
+        if machine.compile and train.recompute == "keep-attention":
+            block.forward = torch.compile(block.forward, dynamic=False)                      # outside: the choice of what is kept needs to see the operations
     if machine.ranks == 1:
-        return objective
+        return Objective(model.to(machine.device))
     if chosen_parallel(sum(p.numel() for p in model.parameters()), train) == "ddp":
+        objective = Objective(model.to(machine.device))
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters="generator" in train.stages)
     within = train.shard_within or machine.ranks
@@ -433,7 +456,14 @@ def parallelise(model, train, machine):
     mesh = init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)                        # parameters and reduction in fp32; autocast makes the products bf16
+    return fully_shard(Objective(model), mesh=mesh)                 # parameters and reduction in fp32; autocast makes the products bf16
+
+
+def recomputed(forward, context_fn=noop_context_fn):
+    """A block's forward whose activations are computed again in the backward pass. (A function of ours: torch.compile does not look into others.)"""
+    def again(*args):
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+    return again
 
 
 def chosen_parallel(parameters, train):
@@ -479,7 +509,13 @@ def micro_batches(dataset, train, machine, first, steps):
     size = train.micro_batch
     sampler = (dataset.batch(step, train.batch)[m * size:(m + 1) * size] for step in range(first, first + steps)
                for m in range(machine.rank, train.batch // size, machine.ranks))
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=train.workers, pin_memory=machine.device.type == "cuda")
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=train.workers, worker_init_fn=no_sigterm,
+                      pin_memory=machine.device.type == "cuda")
+
+
+def no_sigterm(worker):
+    """torchrun and Slurm send SIGTERM to the whole process group, but it is the trainer who ends its workers, after the last checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_it_is(samples):
@@ -493,12 +529,12 @@ class Stop(Exception):
     """The run was asked to end, by SIGTERM or the time limit; its checkpoint is written."""
 
 
-def run_stage(stage, objective, world, train, machine, saver, average, first, start, resumed, elapsed, bar):
+def run_stage(stage, objective, world, train, machine, saver, average, guard, first, start, resumed, elapsed, bar):
     """Trains one stage from global step `start` (>= first, the stage's first step) to its end; returns the seconds it took."""
     model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
     steps, text, device = getattr(train, f"{stage}_steps"), STAGES[stage], machine.device
     optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr, text is not None)
-    meter, log, begin, guard = Meter(device), Log(train, machine, bar, elapsed), time.time(), Guard(stage, world, train)
+    meter, log, begin = Meter(device), Log(train, machine, bar, elapsed), time.time()
     if resumed:
         restore(resumed, model, optimizers, meter, average, machine)
     options = dict(p_drop=train.p_drop if text else 0.1, clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None,
@@ -514,26 +550,27 @@ def run_stage(stage, objective, world, train, machine, saver, average, first, st
             with log.waiting():
                 batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(loader).items()}
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step + (m << 40))     # no hidden state: a resumed step draws the same
-            with torch.autocast(device.type, torch.bfloat16) if machine.bf16 else nullcontext():
-                with held_back(objective, m + machine.ranks < micros * machine.ranks):
+            with held_back(objective, m + machine.ranks < micros * machine.ranks):
+                with torch.autocast(device.type, torch.bfloat16, enabled=machine.bf16, cache_enabled=False):     # its cache would keep all blocks in bf16
                     loss, parts = objective(batch["z_v"], batch[text] if text else None, batch["c"], options | {"generator": generator})
-                    (loss / micros).backward()
+                (loss / micros).backward()
             meter.add(loss, parts)
+            log.count(model.config, batch, text)
         guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip), step, optimizers)
         if average:
             average.update()
         bar.update()
 
         done, last = step + 1, step + 1 == first + steps
-        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < elapsed + time.time() - begin)
+        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < time.time() - machine.begin)
         saves = done % train.save_every == 0 or last or stop
         if done % train.log_every == 0 or saves:
-            skipped, norm = guard.look()                            # the only places where the loop waits for the device
+            skipped, norm = guard.look(stage)                          # the only places where the loop waits for the device
         if done % train.log_every == 0 or last:
             log.write({"step": done, "stage": stage, **meter.read(machine.ranks), "lr": optimizers[-1].param_groups[0]["lr"], "grad_norm": round(norm, 4),
-                       "skipped": skipped}, model.config, batch)
+                       "skipped": skipped})
         if saves:
-            state = {"step": done, "stage": stage, "elapsed": elapsed + time.time() - begin}
+            state = {"step": done, "stage": stage, "elapsed": elapsed + time.time() - begin, "skipped": guard.skipped}
             saver.save(stage if last else f"step-{done:06d}", model, state, optimizers, meter, average)
         if train.val_every and done % train.val_every == 0:
             evaluate(objective, world, train, machine, average, train.val_clips, elapsed + time.time() - begin, text is not None, step=done)
@@ -546,8 +583,8 @@ def run_stage(stage, objective, world, train, machine, saver, average, first, st
 class Guard:
     """Optimizer steps that leave out what is not finite, in every process alike, without waiting for the device to know."""
 
-    def __init__(self, stage, world, train):
-        self.stage, self.world, self.train, self.norms, self.skipped = stage, world, train, {}, []
+    def __init__(self, world, train, skipped):
+        self.world, self.train, self.norms, self.skipped = world, train, {}, list(skipped)
 
     def step(self, norm, step, optimizers):
         """Steps all optimizers and empties the gradients. norm: that of the gradient, the same in all processes."""
@@ -557,17 +594,17 @@ class Guard:
             optimizer.step()
             optimizer.zero_grad()
 
-    def look(self):
-        """How many steps were left out, and the last norm. Raises FloatingPointError where they are too many."""
+    def look(self, stage):
+        """How many steps of the run were left out, and the last norm. Raises FloatingPointError where they are too many."""
         found = dict(zip(self.norms, torch.stack(list(self.norms.values())).tolist()))
         self.norms = {}
         for step, norm in found.items():
             if not math.isfinite(norm):
                 self.skipped.append(step)
                 clips = list(self.world.dataset("train").batch(step, self.train.batch))
-                print(f"step {step} of stage {self.stage} is left out: its gradient is {norm}; its clips: {clips}", file=sys.stderr)
+                print(f"step {step} of stage {stage} is left out: its gradient is {norm}; its clips: {clips}", file=sys.stderr)
             if len(self.skipped) > self.train.max_skipped:
-                raise FloatingPointError(f"the gradient at step {step} of stage {self.stage} is {norm}, wanted a finite number; {len(self.skipped)} steps were "
+                raise FloatingPointError(f"the gradient at step {step} of stage {stage} is {norm}, wanted a finite number; {len(self.skipped)} steps were "
                                          f"left out ({', '.join(map(str, self.skipped))}): lower the learning rate or mend the clips; the last checkpoint is intact")
         return len(self.skipped), norm
 
@@ -604,6 +641,7 @@ class Log:
     def __init__(self, train, machine, bar, elapsed):
         self.train, self.machine, self.bar, self.elapsed = train, machine, bar, elapsed
         self.begin = self.last = time.time()
+        self.tokens = self.flops = 0
         self.step, self.waited, self.track = bar.n, 0.0, tracker(train) if machine.rank == 0 else None
 
     @contextmanager
@@ -613,24 +651,28 @@ class Log:
         yield
         self.waited += time.time() - begin
 
-    def write(self, line, config, batch):
+    def count(self, config, batch, text):
+        """Adds a micro-batch to the tokens and FLOPs since the last line; all processes have some of one size."""
+        n_v, n_t = batch["z_v"][0, 0].numel() // math.prod(config.patch_size), config.text_len if text else 0
+        clips = len(batch["z_v"]) * self.machine.ranks
+        self.tokens, self.flops = self.tokens + clips * (n_v + n_t), self.flops + 3 * clips * forward_flops(config, n_v, n_t)
+
+    def write(self, line):
         """Adds the rates since the last line and writes it."""
         now, train, machine = time.time(), self.train, self.machine
         seconds, rate = now - self.last, train.batch * (line["step"] - self.step) / (now - self.last)
-        n_v = batch["z_v"][0, 0].numel() // math.prod(config.patch_size)
-        n_t = config.text_len if STAGES[line["stage"]] else 0
-        line |= {"samples_per_s": round(rate, 2), "tokens_per_s": round(rate * (n_v + n_t)), "data_wait": round(self.waited / seconds, 4),
+        line |= {"samples_per_s": round(rate, 2), "tokens_per_s": round(self.tokens / seconds), "data_wait": round(self.waited / seconds, 4),
                  "eta_s": round((self.bar.total - line["step"]) * train.batch / rate), "wall_s": round(self.elapsed + now - self.begin, 1)}
         if machine.device.type == "cuda":
             peak = PEAK.get(next((name for name in PEAK if name in torch.cuda.get_device_name()), ""))
             line |= {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-                     "mfu": peak and round(rate * 3 * forward_flops(config, n_v, n_t) / machine.ranks / peak, 4)}
+                     "mfu": peak and round(self.flops / seconds / machine.ranks / peak, 4)}
         if machine.rank == 0:
             with open(Path(train.out) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             report(self.bar, line)
             self.track({name: value for name, value in line.items() if isinstance(value, (int, float))}, line["step"])
-        self.last, self.step, self.waited = now, line["step"], 0.0
+        self.last, self.step, self.waited, self.tokens, self.flops = now, line["step"], 0.0, 0, 0
 
 
 def tracker(train):
@@ -689,9 +731,10 @@ def parse(argv):
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and days, load nothing and write nothing")
     flags = parser.parse_args(argv)
     given = {name: value for name, value in vars(flags).items() if name not in ("resume", "overwrite", "dry_run")}
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(given.get("out", Train.out)):
-        flags.resume = True                                         # torchrun started us again: go on
     try:
+        out = Path(given.get("out", Train.out))
+        if launch() and checkpoints(out) and (out / LAUNCH).exists() and (out / LAUNCH).read_text() == launch():
+            flags.resume = True                                     # torchrun started us again: go on
         return *resolve(given, flags.resume), flags
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -831,6 +874,8 @@ def main(argv=None):
         model, done = load(source, config) if source else (UniViGU(config), {})
         if not flags.resume and machine.rank == 0:
             start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
+        if machine.rank == 0 and launch():
+            Path(train.out, LAUNCH).write_text(launch())
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     names, text_started = train.stages.split(","), done.get("stage") in ("recall", "refine")
@@ -845,7 +890,10 @@ def main(argv=None):
     objective, saver = parallelise(model, train, machine), Saver(world, train, machine)
 
     signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "stopped", True))
-    step, elapsed, first = *((done["step"], done["elapsed"]) if last else (0, 0.0)), 0
+    step, elapsed, skipped = [done[name] for name in ("step", "elapsed", "skipped")] if last else (0, 0.0, [])
+    if agreed(machine, step) != -agreed(machine, -step):
+        fail(f"the processes found different checkpoints in {train.out}, the last one of step {agreed(machine, step):g}: wanted one folder for all")
+    first, guard = 0, Guard(world, train, skipped)
     average = Average(model, train.ema) if train.ema else None
     if machine.rank == 0:
         for name in ("metrics.jsonl", "validation.jsonl"):
@@ -864,14 +912,15 @@ def main(argv=None):
                         average = Average(model, train.ema) if train.ema else None           # of what starts here
                     text_started = bool(STAGES[stage])
                     resumed = last[1] if last and first < step else None
-                    elapsed += run_stage(stage, objective, world, train, machine, saver, average, first, max(first, step), resumed, elapsed, bar)
+                    elapsed += run_stage(stage, objective, world, train, machine, saver, average, guard, first, max(first, step), resumed, elapsed, bar)
                 first = end
             saver.wait()
             if train.eval_clips:
                 evaluate(objective, world, train, machine, average, train.eval_clips, elapsed, text_started)
     except Stop as stop:
         saver.wait()
-        sys.exit(print(stop) if machine.rank == 0 else None)
+        if machine.rank == 0:
+            print(stop)
     except (FloatingPointError, ValueError, OSError) as error:
         fail(error)
     finally:

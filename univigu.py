@@ -121,9 +121,12 @@ def path(z0, z1, tau):
 
 def noise_like(z, generator=None):
     """Gaussian noise shaped as z, drawn where the generator lives (the CPU by default: the same on every device)."""
-    device = generator.device if generator else torch.device("cpu")
-    pinned = z.is_cuda and device.type == "cpu"                     # a copy from pinned memory: nobody waits for the GPU
-    return torch.randn(z.shape, generator=generator, device=device, pin_memory=pinned).to(z, non_blocking=True)
+    return send(torch.randn(z.shape, generator=generator, device=generator.device if generator else "cpu"), z.device).to(z.dtype)
+
+
+def send(x, device):
+    """x on `device`; from pinned memory, so that nobody waits for a GPU to take it."""
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
 def warp(r, shift):
@@ -453,12 +456,12 @@ class DiscreteFlow:
     def noise(model, like, n, generator=None):
         """y_0 (B, N): every token uniformly random."""
         device = generator.device if generator else "cpu"
-        return torch.randint(model.config.vocab_size, (len(like), n), generator=generator, device=device).to(like.device)
+        return send(torch.randint(model.config.vocab_size, (len(like), n), generator=generator, device=device), like.device)
 
     @staticmethod
     def noisy(model, y, tau_t, generator=None):
         """Tokens y at clock tau_t -> y_t on the mixture path, and y, the target of its logits."""
-        clean = torch.rand(y.shape, generator=generator).to(tau_t.device) < tau_t[:, None]
+        clean = send(torch.rand(y.shape, generator=generator), tau_t.device) < tau_t[:, None]
         return torch.where(clean, y, DiscreteFlow.noise(model, y, y.shape[1], generator)), y
 
     @staticmethod
@@ -542,7 +545,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
         clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
     elif y.shape[:1] != (b,) or y.ndim != 2:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
-    tau_v, tau_t, on_v, on_t, keep = (s.to(device, non_blocking=True) for s in sample_clocks(clocks, b, shift, p_drop, generator))
+    tau_v, tau_t, on_v, on_t, keep = (send(s, device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
     z_v, u_v = path(noise_like(z_v1, generator), z_v1, tau_v)       # eq. 6, eq. 9
