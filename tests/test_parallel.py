@@ -71,7 +71,8 @@ def test_two_processes_give_the_losses_of_one(flags, one, tmp_path):
     assert_same_losses(lines(tmp_path / "run"), lines(one))
     for checkpoint in ("refine", "refine/ema"):
         a, b = (train.UniViGU.from_pretrained(folder / checkpoint).state_dict() for folder in (tmp_path / "run", one))
-        assert max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-3)).item() for name in a) < 0.01     # Adam magnifies gradients near zero
+        apart, size = (torch.stack([x.norm() for x in xs]).norm() for xs in ([a[name] - b[name] for name in a], b.values()))
+        assert apart < 0.005 * size                                # as one vector: Adam makes full steps of the rounding of gradients near zero
     found, wanted = (json.loads((folder / "results.json").read_text())["loss"]["seen"] for folder in (tmp_path / "run", one))
     assert found == pytest.approx(wanted, rel=2e-3)                # a sharded model is evaluated too
     assert output.count("understanding.attribute_accuracy") == 1   # and speaks once
@@ -167,11 +168,11 @@ def test_the_time_limit_saves_and_ends_and_is_of_each_call(tmp_path, capsys, mon
     clock = iter(range(0, 10**9, 10))                               # each look at it takes ten seconds
     monkeypatch.setattr(train.time, "time", lambda: next(clock))
     steps = []
-    for resume in ([], ["--resume"], ["--resume"]):
-        train.main([*RUN, "--out", str(tmp_path / "run"), "--eval-clips", "0", *resume] + ["--time-limit", "5"] * (not resume))
+    for resume in ([], ["--resume"]):
+        train.main([*RUN, "--out", str(tmp_path / "run"), "--eval-clips", "0", *resume] + ["--time-limit", "7"] * (not resume))
         assert f"stopped at step {train.checkpoints(tmp_path / 'run')[-1][0]}, saved; --resume goes on" in capsys.readouterr().out
         steps.append(train.checkpoints(tmp_path / "run")[-1][0])
-    assert steps[0] > 1 and steps[1] - steps[0] > 1 and steps[2] - steps[1] > 1
+    assert 1 < steps[0] < steps[1] - 1, steps
 
 
 def test_sigterm_to_torchrun_saves_with_workers_too(one, tmp_path):
@@ -246,7 +247,7 @@ def test_a_sample_that_is_no_number_is_left_out_and_named(stage_steps, allowed, 
     assert "step 3 of stage recall is left out: its gradient is nan; its clips: [12, 13, 14, 15]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, words", [(["--batch", "5"], ["batch is 5", "micro_batch 2"]), (["--parallel", "tensor"], ["'tensor'", "ddp"]),
+@pytest.mark.parametrize("flags, words", [(["--batch", "5", "--micro-batch", "2"], ["batch is 5", "micro_batch 2"]), (["--parallel", "tensor"], ["'tensor'", "ddp"]),
                                           (["--recompute", "some"], ["'some'", "keep-attention"]), (["--micro-batch", "3"], ["batch is 4", "micro_batch 3"])])
 def test_what_cannot_divide_is_refused_before_anything_is_made(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
