@@ -376,7 +376,7 @@ class Machine:
     rank: int
     ranks: int
     stopped: bool = False                                           # SIGTERM arrived
-    begin: float = field(default_factory=time.time)
+    begin: float = field(default_factory=lambda: time.time())
 
 
 def join_processes(train):

@@ -169,7 +169,7 @@ def test_the_time_limit_saves_and_ends_and_is_of_each_call(tmp_path, capsys, mon
     monkeypatch.setattr(train.time, "time", lambda: next(clock))
     steps = []
     for resume in ([], ["--resume"]):
-        train.main([*RUN, "--out", str(tmp_path / "run"), "--eval-clips", "0", *resume] + ["--time-limit", "7"] * (not resume))
+        train.main([*RUN, "--out", str(tmp_path / "run"), "--eval-clips", "0", *resume] + ["--time-limit", "12"] * (not resume))
         assert f"stopped at step {train.checkpoints(tmp_path / 'run')[-1][0]}, saved; --resume goes on" in capsys.readouterr().out
         steps.append(train.checkpoints(tmp_path / "run")[-1][0])
     assert 1 < steps[0] < steps[1] - 1, steps
