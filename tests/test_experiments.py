@@ -100,7 +100,6 @@ def test_what_is_unknown_is_refused_in_one_line(argv, word, tmp_path):
 
 
 def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(experiments, "QUICK", TINY)
     argv = ["experts", "survival", "--quick", "--out", str(tmp_path)]
     experiments.main(argv)
@@ -120,7 +119,6 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
 
 @pytest.mark.slow
 def test_all_experiments_end_to_end_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(experiments, "QUICK", TINY)
     monkeypatch.setattr(measures, "STEPS", (1, 8, 64))
     real, argv = train.run_stage, ["--quick", "--seeds", "3", "--out", str(tmp_path)]

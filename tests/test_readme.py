@@ -12,7 +12,7 @@ ABOUT = {"univigu.py": "the method: model, loss, samplers", "train.py": "the tra
          "toy/shapes.py": "the clips: attributes, renderer, split", "toy/words.py": "prompts, captions, tokenizer, prompt encoder",
          "toy/codec.py": "frames <-> latents", "toy/oracle.py": "reads attributes back from pixels", "toy/evaluate.py": "numbers, table, pictures",
          "toy/__init__.py": "the world as the loop sees it",
-         "toy/experiments.py": "the paper's claims, tested one by one", "toy/measures.py": "what those experiments measure",
+         "toy/muon.py": "Muon, in fp32 and batched", "toy/experiments.py": "the paper's claims, tested one by one", "toy/measures.py": "what those experiments measure",
          "wan/weights.py": "Wan2.1's and the published Uni-ViGU's checkpoints, in and out", "wan/codec.py": "Wan's VAE, umT5 and its tokenizer",
          "wan/prepare.py": "videos and texts -> shards of latents and tokens", "wan/data.py": "those shards as the loop sees them",
          "wan/caption.py": "detailed captions from a vision-language model", "wan/__init__.py": "the names of the real world"}

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import toy
 import train
 from toy import World
-from train import RECIPES, STAGES, Meter, Muon, Train, make_optimizers, orthogonalise, schedule
+from toy.muon import Muon, orthogonalise
+from train import RECIPES, STAGES, Meter, Train, make_optimizers, schedule
 from univigu import PRESETS, Config, UniViGU
 
 ROOT = Path(train.__file__).parent

@@ -19,12 +19,13 @@ import time
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,6 +39,7 @@ from .evaluate import SAMPLING, said
 from .measures import (TAUS, agreement, coevolution, drawing, drawing_by_stage, reading, reading_by_prompt, reading_by_step, reading_frames,
                        reading_in_steps, rows_of_E)
 
+matplotlib.use("Agg")                                               # figures go to files alone
 MARGIN = 0.02                                                       # of accuracy: smaller gains are not worth a claim
 MAIN = ("read", "read all", "drawn", "agreement", "prompt followed")                         # the numbers that are printed
 
@@ -516,10 +518,6 @@ def perform(experiment, seeds, budget, out):
 
 
 def figure(experiment, numbers, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     canvas, axes = pyplot.subplots(1, len(experiment.panels), figsize=(6 * len(experiment.panels), 3.6), squeeze=False)
     for draw, panel in zip(experiment.panels, axes[0]):
         draw(axes=panel, numbers=numbers)
@@ -558,8 +556,6 @@ def main(argv=None):
         sys.exit(f"toy.experiments: error: experiment is {wrong!r}, wanted one of {', '.join(known)}")
     if not all(seed.isdigit() for seed in seeds):
         sys.exit(f"toy.experiments: error: seeds is {flags.seeds!r}, wanted integers with commas")
-    if not find_spec("matplotlib"):
-        sys.exit("toy.experiments: error: the figures need matplotlib: pip install matplotlib")
     out, results = flags.out or "runs/experiments" + "-quick" * flags.quick, []
     for experiment in EXPERIMENTS:
         if experiment.name in (flags.names or known):
