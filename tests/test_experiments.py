@@ -27,12 +27,14 @@ def one_codec():
 
 
 def test_every_variant_is_a_run_that_train_accepts(tmp_path):
+    world = toy.World()
     for variant in {v.name: v for v in VARIANTS.values()}.values():
         settings, config, _ = train.parse(arguments(variant, 1, experiments.FULL, tmp_path))
         assert settings.seed == 1 and settings.eval_clips == 0 and settings.out == str(folder(tmp_path, variant, 1))
         assert settings.init == (str(folder(tmp_path, variant.start, 1) / "generator") if variant.start else "")
         with patched(variant), torch.device("meta"):
-            toy.World().check(train.UniViGU(config).config)
+            model = train.UniViGU(config)
+        world.check(model.config)
 
 
 def test_one_name_is_one_variant_and_budgets_are_equal(tmp_path):

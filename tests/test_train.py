@@ -762,7 +762,7 @@ for kill in range(20):
         sys.stdout = sys.stderr = open(os.devnull, "w")
         save, rename = torch.save, train.Path.rename               # a slow disk: more of the kills meet a save
         torch.save = lambda *args: (time.sleep(0.05), save(*args))
-        train.Path.rename = lambda *args: (time.sleep(0.05), rename(*args))
+        train.Path.rename = lambda *args: (time.sleep(0.05), rename(*args))[1]
         try:
             train.main([*flags, "--resume"] if before else flags)
         finally:
