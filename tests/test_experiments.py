@@ -12,18 +12,11 @@ from toy import experiments, measures
 from toy.experiments import EXPERIMENTS, Budget, Check, arguments, folder, judge, patched
 from univigu import Config, UniViGU
 
+pytestmark = pytest.mark.usefixtures("one_codec")
+
 TINY = Budget(generator=2, recall=2, refine=2, clips=4, flags="--dim 24 --text-dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 16 --freq-dim 16 --batch 4 "
               "--warmup 1 --compile no --device cpu --precision fp32")
 VARIANTS = {(e.name, v.name): v for e in EXPERIMENTS for v in e.variants}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_codec():
-    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
-    codec = toy.Codec()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "Codec", lambda: codec)
-        yield
 
 
 def test_every_variant_is_a_run_that_train_accepts(tmp_path):

@@ -16,25 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample
-import toy
 import train
 from sample import read_video, write_video
 from toy import World, oracle, shapes
 from univigu import Config, UniViGU
 
+pytestmark = pytest.mark.usefixtures("one_codec")
+
 FORMATS = (".gif", ".mp4", ".npy", "")
 PROMPT = "a red circle moving right"
 TINY = ("--dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 32 --text-dim 8 --freq-dim 16 --text-output velocity --batch 4 "
         "--generator-steps 2 --recall-steps 2 --refine-steps 2 --eval-clips 0 --compile no --device cpu --precision fp32").split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_codec():
-    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
-    codec = toy.Codec()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "Codec", lambda: codec)
-        yield
 
 
 @pytest.fixture(scope="module")

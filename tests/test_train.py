@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import toy
 import train
 from toy import World
 from toy.muon import Muon, orthogonalise
 from train import RECIPES, STAGES, Meter, Train, make_optimizers, schedule
 from univigu import PRESETS, Config, UniViGU
+
+pytestmark = pytest.mark.usefixtures("one_codec")
 
 ROOT = Path(train.__file__).parent
 MODEL = "--dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 32 --text-dim 8 --freq-dim 16".split()
@@ -92,15 +93,6 @@ def refusal(argv, capsys):
     text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip()
     assert len(text.splitlines()) == 1 and text.startswith("train.py: error: "), text
     return text
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_codec():
-    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
-    codec = toy.Codec()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "Codec", lambda: codec)
-        yield
 
 
 @pytest.fixture(scope="module")
