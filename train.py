@@ -29,6 +29,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -476,13 +477,21 @@ def micro_batches(dataset, train, machine, first, steps):
     size = train.micro_batch
     sampler = (dataset.batch(step, train.batch)[m * size:(m + 1) * size] for step in range(first, first + steps)
                for m in range(machine.rank, train.batch // size, machine.ranks))
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=train.workers, worker_init_fn=no_sigterm,
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=train.workers, worker_init_fn=end_with_trainer,
                       pin_memory=machine.device.type == "cuda")
 
 
-def no_sigterm(worker):
-    """torchrun and Slurm send SIGTERM to the whole process group, but it is the trainer who ends its workers, after the last checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_with_trainer(worker):
+    """torchrun and Slurm send SIGTERM to every process, but it is the trainer who ends its workers, after the last checkpoint: they
+    obey its SIGTERM alone (on Linux: macOS does not tell who sent a signal)."""
+    def obey():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=obey, daemon=True).start()
 
 
 def as_it_is(samples):

@@ -1,3 +1,4 @@
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # plain `pytest` finds th
 def pytest_configure(config):
     config.option.reportchars += "s"  # without requirements-wan.txt the tests of wan/ are skipped: say so, and why
     config.addinivalue_line("markers", 'slow: trainings, processes, the real world; leave out with -m "not slow"')
+
+
+def pytest_unconfigure(config):
+    """Tests that passed and never end are a fault too: after two minutes it says where it hangs."""
+    faulthandler.dump_traceback_later(120, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="module")
