@@ -11,12 +11,13 @@ import argparse
 import dataclasses
 import statistics
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 import train
-from univigu import PRESETS, UniViGU
+from univigu import PRESETS, UniViGU, understand
 
 
 def diffusers_model(config, device):
@@ -67,6 +68,19 @@ def measure(step, device):
     return time.time() - begin, (torch.cuda.max_memory_allocated() - there) / 1e9 if device.type == "cuda" else float("nan")
 
 
+def captions(config, flags, device):
+    """Prints the seconds of a caption, with the video's tokens run in every step and in the first alone."""
+    model, z_v = UniViGU(config).to(device).eval(), torch.randn(flags.batch, *flags.latent, device=device)
+    found = {False: [], True: []}
+    for repeat in range(flags.repeats + 1):                         # the first round warms up
+        for reuse, runs in found.items():
+            with torch.autocast(device.type, torch.bfloat16, enabled=flags.bf16):
+                step = partial(understand, model, z_v, steps=flags.understand if repeat else 2, reuse_video=reuse)
+                runs.append(measure(step, device)[0])
+    every, first = (statistics.median(runs[1:]) for runs in found.values())
+    print(f"a caption in {flags.understand} steps: {every:.2f} s with the video's tokens in each, {first:.2f} s with them in the first alone: {every / first:.1f} times faster")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="wan-1.3b", choices=list(PRESETS), help="sizes to start from (default: %(default)s)")
@@ -76,6 +90,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, help="clips (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--recompute", default="none", choices=("none", "keep-attention", "full"), help="as in train.py")
+    parser.add_argument("--understand", type=int, default=0, metavar="STEPS", help="time a caption in so many steps too: the video's tokens run in each, or in the first alone")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, ours and diffusers'")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="as in train.py")
     flags = parser.parse_args(argv)
@@ -114,6 +129,8 @@ def main(argv=None):
         seconds, memory = statistics.median(s for s, _ in runs[1:]), max(m for _, m in runs[1:])
         rate = steps[name, kind][1] / seconds
         print(f"{name + ', ' + kind + ' step':34}{seconds:9.3f}{rate / 1e12:9.2f}{rate / peak if peak else float('nan'):7.1%}{memory:7.1f}")
+    if flags.understand:
+        captions(config, flags, device)
 
 
 if __name__ == "__main__":

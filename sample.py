@@ -6,6 +6,7 @@
     python sample.py generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat on a lawn" --out cat.mp4
     python sample.py generate --prompts prompts.txt --out drawn       many prompts, one a line: drawn/00000.mp4 ... and drawn/index.jsonl
     python sample.py understand --videos drawn --out captions.jsonl   every video of a folder
+    python sample.py joint --prompt "a red circle moving right" --trajectory          also joint.html, a page with what happens at each step
 
 A checkpoint is a folder that train.py wrote, or, of the real world, Wan2.1 or the published Uni-ViGU, as a path or hub id (see wan/weights.py).
 Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a folder of PNG frames.
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import GifImagePlugin, Image
 
+import pages
 import wan
 from univigu import Config, UniViGU, generate, joint, understand
 
@@ -111,7 +113,7 @@ def check_out(path):
         raise ValueError(f"--out {path} exists and is not a {'file' if path.suffix else 'folder of PNG frames'}")
 
 
-def check_folder(path):
+def check_folder(path, flag="--out"):
     """Raises ValueError where an output file cannot be written: tries it, in a folder of its own, and leaves nothing."""
     path = Path(os.path.abspath(path))
     folder = next(folder for folder in path.parents if os.path.lexists(folder))
@@ -121,7 +123,7 @@ def check_folder(path):
             trial.parent.mkdir(parents=True, exist_ok=True)
             trial.with_name(f".part-{path.name}").touch()
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written in {folder}: {error.strerror}") from None
+        raise ValueError(f"{flag} {path} cannot be written in {folder}: {error.strerror}") from None
 
 
 def write_video(path, frames, fps=8):
@@ -142,6 +144,8 @@ def write_video(path, frames, fps=8):
         else:
             {".gif": write_gif, ".mp4": write_mp4}[path.suffix](part, pixels, fps)
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         remove(part)
 
@@ -218,7 +222,6 @@ def load(flags):
             world.check(config)
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: {error}") from None
-        return lambda: read_model(folder).to(device, dtype), config, world, stage
     return lambda: wan.load(folder, dtype=dtype, device=device), config, world, stage
 
 
@@ -226,19 +229,11 @@ def read_object(path, names):
     """A JSON file that has an object with (at least) these names. Raises ValueError, which names the file."""
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path.parent}: {path.name} cannot be read: {one_line(error)}") from None
     if missing := sorted(names - set(found)) if isinstance(found, dict) else sorted(names):
         raise ValueError(f"checkpoint {path.parent}: {path.name} lacks {', '.join(missing)}: wanted what train.py wrote")
     return found
-
-
-def read_model(folder):
-    """The model of a folder that train.py wrote. Raises ValueError where its weights are damaged."""
-    try:
-        return UniViGU.from_pretrained(folder, strict=True)
-    except Exception as error:  # truncated or foreign files fail in many ways
-        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
 
 
 def choose_device(name):
@@ -254,9 +249,11 @@ def estimate(config, world, shape, options, flags, device, samples):
     n_v = shape[1] * shape[2] * shape[3] // (config.patch_size[0] * config.patch_size[1] * config.patch_size[2])
     n_t = 0 if flags.mode == "generate" and flags.stage == "generator" else config.text_len
     n, d = n_v + n_t, config.dim
-    linears = 4 * d * d * 3 * n + 4 * d * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
-    forward = config.num_layers * (linears + 4 * n * n * d + 4 * n * config.prompt_len * d)
-    passes = options["steps"] * (1 if options["guidance"] == 1 else 3 if flags.mode == "joint" else 2)
+    video, text = (config.num_layers * (12 * d * d + 4 * d * width + 4 * n * d + 4 * config.prompt_len * d) * tokens
+                   for width, tokens in ((config.ffn_dim, n_v), (config.text_ffn_dim, n_t)))
+    each = 1 if options["guidance"] == 1 else 3 if flags.mode == "joint" else 2              # passes of a step
+    of_video = 1 if options.get("reuse_video") else options["steps"]                         # steps that run the video's tokens
+    flops = each * (of_video * video + options["steps"] * text)
     shift = options.get("shift", config.text_shift if flags.mode == "understand" else 1)     # else the samplers' own
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UniViGU(config).parameters())
@@ -269,9 +266,10 @@ def estimate(config, world, shape, options, flags, device, samples):
         y.sum().item()
     rate = 20 * 2 * side**3 / (time.time() - begin)
     print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
-    print(f"{parameters:,} parameters, {parameters * bytes_each / 1e9:.1f} GB of weights, about {passes // options['steps'] * n * d * 40 * bytes_each / 1e9:.1f} GB of activations")
-    print(f"{options['steps']} steps, guidance {options['guidance']:g}, shift {shift:g}: {passes} passes of {forward / 1e12:.2f} TFLOP")
-    print(f"{samples} to do: about {samples * passes * forward / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
+    print(f"{parameters:,} parameters, {parameters * bytes_each / 1e9:.1f} GB of weights, about {each * n * d * 40 * bytes_each / 1e9:.1f} GB of activations")
+    print(f"{options['steps']} steps, guidance {options['guidance']:g}, shift {shift:g}: {each * options['steps']} passes of {text / 1e12:.2f} TFLOP for the text, "
+          f"{each * of_video} of {video / 1e12:.2f} for the video")
+    print(f"{samples} to do: about {samples * flops / rate * 2 / 60:.1f} minutes at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}")
     if not world.fixed_size:
         print("beside that, one after the other and not while the model works: umT5 (real: 11 GB in bf16) and the VAE (real: 0.5 GB and the frames)")
 
@@ -298,8 +296,11 @@ def run(flags):
         elif large:
             options["shift"] = 5.0
     options |= {name: getattr(flags, name) for name in ("steps", "guidance", "shift") if getattr(flags, name) is not None}
+    if flags.mode == "understand":
+        options["reuse_video"] = not (flags.recompute_video or flags.published)
     if options["guidance"] == 1 and getattr(flags, "negative_prompt", None):
         raise ValueError("--negative-prompt has no effect at guidance 1, wanted another --guidance")
+    check_page(flags)
     work = (to_describe if flags.mode == "understand" else to_draw)(flags, world)
     if flags.dry_run:
         return estimate(config, world, shape, options, flags, choose_device(flags.device), len(work))
@@ -345,12 +346,15 @@ def describe(flags, make_model, world, shape, size, options, work):
             model = model or make_model().eval()                    # after the first file was read: it may be a wrong one
         generator = torch.Generator().manual_seed(flags.seed + i)
         z_v = z_v.to(next(model.parameters()).device)
-        caption = world.tokenizer.decode(understand(model, z_v, generator=generator, **options).cpu())[0]
+        y_hat, steps = watched(flags, understand, model, z_v, generator=generator, **options)
+        caption = world.tokenizer.decode(y_hat.cpu())[0]
         row = {"video": video.name, "caption": caption}
         print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out:
             Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
             Path(flags.out).write_text(caption + "\n", encoding="utf-8") if flags.video else append(flags.out, row)
+        if flags.trajectory:
+            write_page(flags, world, options, steps, row)
     if model is None and not (flags.out and Path(flags.out).exists()):
         raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(work)}")
 
@@ -394,15 +398,17 @@ def draw(flags, make_model, world, shape, size, options, work):
         common = options | dict(generator=torch.Generator().manual_seed(flags.seed + i), c_null=pad(c_null).to(device))
         c, row = pad(c).to(device), {"video": name.name, "prompt": prompt}
         if flags.mode == "generate":
-            z_v = generate(model, None if y is None else y.to(device), c, shape, keep_text=flags.published, **common)
+            z_v, steps = watched(flags, generate, model, None if y is None else y.to(device), c, shape, keep_text=flags.published, **common)
         else:
-            z_v, y_hat = joint(model, c, shape, **common)
+            (z_v, y_hat), steps = watched(flags, joint, model, c, shape, **common)
             row["caption"] = world.tokenizer.decode(y_hat.cpu())[0]
             print(row["caption"], flush=True)
         write_video(name, world.codec.decode(z_v), world.fps)
         print(f"wrote {name}", file=sys.stderr)
         if flags.prompts:
             append(name.with_name("index.jsonl"), row)
+        if flags.trajectory:
+            write_page(flags, world, options, steps, row)
 
 
 def embed(world, prompts):
@@ -420,7 +426,7 @@ def read_rows(path, *names):
         rows = [json.loads(line) for line in lines]
         if not all(isinstance(row[name], str) for row in rows for name in names) or rest[:1] not in ("", "{"):
             raise TypeError
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"--out: {path} is not what an earlier run wrote, wanted lines of JSON with {' and '.join(names)}, to go on, or a new place") from None
     if rows:
         print(f"{path} has {len(rows)} already: they stay as they are", file=sys.stderr)
@@ -452,6 +458,87 @@ def caption_tokens(flags, world, prompt):
     return y[:, :int((y != 0).sum())] if flags.published else y     # the published weights do not look at padding
 
 
+# ---------------------------------------------------------------- the trajectory, as a page
+
+LATENTS = 3  # so many latent frames are shown: all nine frames of the toy, the first nine of a longer video, for its codec is causal
+
+
+def check_page(flags):
+    """Raises ValueError where --trajectory cannot be written, before there is anything to write."""
+    if flags.trajectory is None:
+        return
+    path = Path(flags.trajectory)
+    if path.suffix != ".html" or path.is_dir():
+        raise ValueError(f"--trajectory is {flags.trajectory!r}, wanted a file whose name ends in .html")
+    if flags.out and os.path.abspath(flags.out) == os.path.abspath(path):
+        raise ValueError(f"--trajectory and --out are both {flags.trajectory}, wanted two names")
+    check_folder(path, "--trajectory")
+
+
+def watched(flags, sampler, model, *args, **options):
+    """Calls a sampler. Returns what it gives, and, with --trajectory, a `moment` of each time that the network looked and of the end."""
+    steps = []
+    if flags.trajectory is None:
+        return sampler(model, *args, **options), steps
+    clock = lambda tau: None if tau is None else tau[0].item()
+    hook = model.register_forward_hook(lambda _, x, v: steps.append(moment(model, x[0], x[1], clock(x[2]), clock(x[3]), *v)))
+    end = lambda i, tau_v, tau_t, z_v, z_t: i + 1 == options["steps"] and steps.append(moment(model, z_v, z_t, tau_v, tau_t))
+    try:
+        return sampler(model, *args, callback=end, **options), steps
+    finally:
+        hook.remove()
+
+
+def moment(model, z_v, z_t, tau_v, tau_t, v_v=None, v_t=None):
+    """What is shown of a moment, of its first sample alone (the others are guidance's): clocks, z_v and the guess x_v (1, C, up to LATENTS, H, W), and, of the text,
+    the state's tokens y (N,), the guess's tokens x_t (N,) and how certain each of these is, in [0, 1]."""
+    ahead = lambda z, tau, v: z[:1] if v is None else z[:1] + (1 - tau) * v[:1]
+    found = dict(tau_v=tau_v, tau_t=tau_t if z_t is not None else None, z_v=z_v[:1, :, :LATENTS].cpu(), x_v=ahead(z_v, tau_v, v_v)[:, :, :LATENTS].cpu())
+    if z_t is None:
+        return found
+    if model.config.text_flow == "discrete":
+        sure, x_t = (torch.ones(z_t[:1].shape), z_t[:1]) if v_t is None else v_t[:1].float().softmax(-1).max(-1)
+    else:
+        E = model.embedding_matrix()
+        most = lambda z: (z @ E.T / E.shape[1] ** 0.5).softmax(-1).max(-1)
+        sure, x_t = most(ahead(z_t, tau_t, v_t).float())
+        sure = sure / most(E[x_t]).values                           # an exact row's own softmax is under 1, the more so the larger the vocabulary
+    return found | dict(y=model.decode(z_t[:1])[0].cpu(), x_t=x_t[0].cpu(), sure=[round(s, 3) for s in sure[0].clamp(max=1).tolist()])
+
+
+def write_page(flags, world, options, steps, row):
+    """The page of --trajectory. row: what is known of the sample, name -> text."""
+    shown, moving = torch.linspace(0, len(steps) - 1, min(len(steps), pages.STEPS)).round().int().tolist(), flags.mode != "understand"
+    draw = lambda z: world.codec.decode(z)[0].cpu()
+    still, entries = None if moving else draw(steps[0]["z_v"]), []
+    for i in shown:
+        step = steps[i]
+        entry = {"step": i, "tau_v": step["tau_v"], "tau_t": step["tau_t"], "video": {} if moving else {"given": still}, "text": {}}
+        if moving:
+            entry["video"] = {"guess": draw(step["x_v"])} | ({"state": draw(step["z_v"])} if world.fixed_size else {})          # Wan's VAE takes its time
+        if "y" in step and flags.mode == "generate":
+            entry["text"] = {"given": tokens(world, step["y"])}
+        elif "y" in step:
+            entry |= {"text": {"guess": tokens(world, step["x_t"]), "state": tokens(world, step["y"])}, "sure": step["sure"]}
+        entries.append(entry)
+    sampler = ", ".join([*(f"{name} {value:g}" for name, value in options.items()), f"seed {flags.seed}"])
+    about = [*row.items(), ("checkpoint", flags.checkpoint), ("sampler", sampler)]
+    if len(shown) < len(steps):
+        about.append(("shown", f"{len(shown)} of {len(steps)} points of the trajectory"))
+    if not world.fixed_size:
+        about.append(("frames shown", f"the first ones{' of the guess; those of the state are left out' if moving else ''}"))
+    title = {"understand": ("Understand: a text emerges from a video", "The video is given, so its clock stands at 1; only the text's clock runs."),
+             "generate": ("Generate: a video emerges from a text", "The text is given, so its clock stands at 1; only the video's clock runs."),
+             "joint": ("Joint: video and text emerge together", "Only the prompt is given: both clocks run, and each modality sees how far the other has come.")}
+    pages.write(flags.trajectory, pages.trajectory(*title[flags.mode], about, entries))
+    print(f"wrote {flags.trajectory}", file=sys.stderr)
+
+
+def tokens(world, y):
+    """Tokens y (N,) -> their texts one by one; None is the end, as in both worlds token 1, and token 0 is padding."""
+    return [None if i == 1 else "·" if i == 0 else text or "␣" for i, text in zip(y.tolist(), world.tokenizer.decode(y[:, None]))]
+
+
 # ---------------------------------------------------------------- flags
 
 def rows_by_columns(text):
@@ -475,6 +562,8 @@ def parse(argv):
         if mode == "understand":
             what.add_argument("--video", help="the video to describe")
             what.add_argument("--videos", help="folder of videos to describe, one after the other")
+            sub.add_argument("--recompute-video", action="store_true",
+                             help="run the video's tokens in every step, not in the first alone: exact, and many times slower (always so with the published weights)")
             sub.add_argument("--out", default="", help="text file to write the caption to as well; with --videos: {video, caption} as JSON lines, to go on with where it is")
         else:
             what.add_argument("--prompt", help='what to draw, for example "a red circle moving right"; '
@@ -484,6 +573,8 @@ def parse(argv):
             sub.add_argument("--negative-prompt", help="what guidance leads away from (default: Wan's; the toy has none)")
         if mode == "generate":
             sub.add_argument("--caption", default="", help="detailed caption for the text stream (default: the prompt)")
+        sub.add_argument("--trajectory", nargs="?", const=f"{mode}.html", metavar="PAGE",
+                         help="also write a page, one HTML file, with a slider over the steps: states, guesses and clocks (without a name: %(const)s)")
         sub.add_argument("--size", type=rows_by_columns, help="rows x columns of the video, multiples of 16 (default: the world's)")
         sub.add_argument("--frames", type=int, help="frames of the video, 4n + 1 (default: the world's)")
         sub.add_argument("--steps", type=int, help="solver steps (default: the world's)")
@@ -499,6 +590,8 @@ def parse(argv):
             parser.error(f"--{name} is {value}, wanted {low} to {high}")
     if flags.mode == "generate" and flags.caption and flags.prompts:
         parser.error("--caption goes with one --prompt, found --prompts")
+    if many := flags.trajectory is not None and next((name for name in ("videos", "prompts") if getattr(flags, name, None) is not None), None):
+        parser.error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
     return flags
 
 

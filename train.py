@@ -44,9 +44,11 @@ from torch.utils.data import DataLoader
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import pages
 import wan
 from toy.muon import Muon
 from univigu import PRESETS, Config, UniViGU, option, uni_flow_loss
+from wan.weights import one_line, read_json
 
 STAGES = {"generator": None,      # eq. 2: the video alone
           "recall": "prompt",     # section 3.3, stage 1: the target text is the prompt itself
@@ -239,12 +241,17 @@ class Saver:
         shutil.rmtree(part, ignore_errors=True)
         texts = {"config.json": dataclasses.asdict(config), "world.json": self.world.state,            # world.json: what sample.py needs beside the model
                  "train.json": {"train": dataclasses.asdict(self.train), **state}}
-        for file, weights in tensors.items():
-            (part / file).parent.mkdir(parents=True)
-            save_file(weights, part / file, metadata={"format": "pt"})
-            for text, values in texts.items():
-                (part / file).with_name(text).write_text(json.dumps(values, indent=1))
-        torch.save(training, part / "training_state.pt")
+        try:
+            for file, weights in tensors.items():
+                (part / file).parent.mkdir(parents=True)
+                save_file(weights, part / file, metadata={"format": "pt"})
+                for text, values in texts.items():
+                    (part / file).with_name(text).write_text(json.dumps(values, indent=1))
+            torch.save(training, part / "training_state.pt")
+        except Exception as error:  # on a full disk, safetensors and torch.save have errors of their own
+            free = shutil.disk_usage(self.train.out).free
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"checkpoint {folder} cannot be written ({free:,} bytes were free): {one_line(error)}") from None
         os.sync()                                                   # before the name says that it is complete
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -256,17 +263,16 @@ def restore(folder, model, optimizers, meter, average, machine):
     """The training state of a checkpoint into optimizers, meter and average. Raises OSError where it is damaged."""
     try:
         stored = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu", mmap=True)
-        ema = load_file(folder / "ema" / "model.safetensors") if average else None
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
+        if average:
+            with average.in_place():
+                set_model_state_dict(model, load_file(folder / "ema" / "model.safetensors"), options=options)
+        if machine.rank == 0:
+            meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
     except Exception as error:  # a damaged file fails in many ways
         raise OSError(f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): remove this folder "
                       "and --resume goes on from the checkpoint before it") from None
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
-    if average:
-        with average.in_place():
-            set_model_state_dict(model, ema, options=options)
-    if machine.rank == 0:
-        meter.sums, meter.loss = stored["meter"]["sums"].to(machine.device), stored["meter"]["loss"].to(machine.device)
 
 
 def load(folder, config):
@@ -277,16 +283,21 @@ def load(folder, config):
     for name in ("model.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder that train.py wrote")
+    stored, done = read_json(folder / "config.json"), read_json(folder / "train.json") if (folder / "train.json").exists() else {}
+    for name, wanted in json.loads(json.dumps(dataclasses.asdict(config))).items():          # before a model of these sizes is made
+        if stored.get(name, wanted) != wanted:
+            raise ValueError(f"checkpoint {folder} has {name} {stored[name]!r}, wanted {wanted!r}")
+    model = UniViGU(config)
     try:
-        model = UniViGU.from_pretrained(folder, strict=True)
-        done = json.loads((folder / "train.json").read_text()) if (folder / "train.json").exists() else {}
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:  # truncated or foreign files fail in many ways
-        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    for f in dataclasses.fields(Config):
-        found, wanted = getattr(model.config, f.name), getattr(config, f.name)
-        if found != wanted:
-            raise ValueError(f"checkpoint {folder} has {f.name} {found!r}, wanted {wanted!r}")
+        raise ValueError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}") from None
+    if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(f"checkpoint {folder}: {bad} holds NaN or infinity")
     return model, done
+
+
+STATE = dict(step=int, stage=str, elapsed=(int, float), skipped=list, train=dict)            # what train.json holds
 
 
 def checkpoints(out):
@@ -294,10 +305,13 @@ def checkpoints(out):
     found = []
     for file in Path(out).glob("[!.]*/train.json"):
         try:
-            found.append((json.loads(file.read_text())["step"], file.parent))
+            state = json.loads(file.read_text())
+            if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
+                raise TypeError
+            found.append((state["step"], file.parent))
         except FileNotFoundError:
             continue                                                # it has just gone, or been renamed
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{file} cannot be read: remove {file.parent}") from None
     return sorted(found)
 
@@ -321,14 +335,17 @@ def start_anew(out, overwrite):
     for _, folder in old:
         shutil.rmtree(folder)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "validation.jsonl", "results.json"):
+    for name in ("metrics.jsonl", "validation.jsonl", "results.json", "report.html"):
         (Path(out) / name).unlink(missing_ok=True)
 
 
 def truncate(path, step):
-    """Drops the lines that a killed run wrote after its last checkpoint, so that the resumed run writes them again."""
+    """Drops the lines that a killed run wrote after its last checkpoint, so that the resumed run writes them again. Raises ValueError for lines of another kind."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{path} has a line that is not of a run's log, wanted a JSON object with its step: mend or remove the file") from None
         path.write_text("".join(lines))
 
 
@@ -734,7 +751,10 @@ def resolve(given, resume):
         if not checkpoints(out):
             raise ValueError(f"--resume: found no checkpoint in {out}, wanted a folder with model.safetensors and train.json")
         folder = checkpoints(out)[-1][1]
-        stored = json.loads((folder / "train.json").read_text())["train"] | json.loads((folder / "config.json").read_text()) | {"out": out}
+        stored = read_json(folder / "train.json", "train") | read_json(folder / "config.json") | {"out": out}
+        for f in (*dataclasses.fields(Train), *dataclasses.fields(Config)):
+            if not isinstance(stored.get(f.name, f.default), {"patch_size": (list, tuple)}.get(f.name, (int, float) if f.type is float else f.type)):
+                raise ValueError(f"checkpoint {folder} has {f.name} {stored[f.name]!r}, wanted {f.default!r} or the like: remove it")
         for name in set(given) - ANY_TIME:
             if given[name] != (tuple(stored[name]) if name == "patch_size" else stored[name]):
                 raise ValueError(f"--{name.replace('_', '-')} is {given[name]!r}, but the run to resume has {stored[name]!r}")
@@ -750,7 +770,7 @@ def resolve(given, resume):
             fields = {f.name for f in dataclasses.fields(Config)}
             preset = dataclasses.asdict(wan.config(init, **sizes | {name: value for name, value in given.items() if name in fields}))
         elif given.get("data", Train.data) != "toy" and Path(init, "config.json").is_file():
-            preset = json.loads(Path(init, "config.json").read_text())
+            preset = read_json(Path(init, "config.json"))
         real = REAL if given.get("data", Train.data) != "toy" else {}
         values = preset | sizes | RECIPES[given.get("recipe", Train.recipe)] | real | given
     train = Train(**{name: value for name, value in values.items() if name in train_names})
@@ -781,7 +801,7 @@ def check(train):
     for name in ("batch", "log_every", "save_every", "keep", *(f"{stage}_steps" for stage in STAGES)):
         if getattr(train, name) < 1:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted at least 1")
-    for name, low, high in (("batch", 1, 10**6), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("ema", 0, 0.999999), ("val_every", 0, 10**9), ("val_clips", 1, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
+    for name, low, high in (("batch", 1, 10**6), ("micro_batch", 1, 10**6), *((f"{s}_steps", 1, 10**9) for s in STAGES), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("ema", 0, 0.999999), ("val_every", 0, 10**9), ("val_clips", 1, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
                             ("time_limit", 0, 10**6), ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
                             ("seed", 0, 10**9), ("clip", 1e-9, 1e9), ("adam_lr", 0, 10), *((f"{s}_lr", 0, 10) for s in STAGES)):
         if not low <= getattr(train, name) <= high:
@@ -802,9 +822,9 @@ def make_world(data, seed, vocabulary="data"):
 def check_source(source, world):
     """Raises ValueError where a checkpoint was trained in another world: its tokens or its latents would mean something else."""
     file = Path(source, "world.json")
-    stored, wanted = json.loads(file.read_text()) if file.is_file() else {}, json.loads(json.dumps(world.state))
-    for name in set(stored) & {"world", "vocabulary", "codec", "prompt_encoder", "latents"}:
-        if stored[name] != wanted.get(name):
+    stored, wanted = read_json(file) if file.is_file() else {}, json.loads(json.dumps(world.state))
+    for name in ("world", "vocabulary", "codec", "prompt_encoder", "latents"):
+        if name in stored and stored[name] != wanted.get(name):
             values = [len(v) if isinstance(v, list) else v for v in (stored[name], wanted.get(name))]
             raise ValueError(f"checkpoint {source} has {name} {values[0]!r}, but the data have {values[1]!r}" + " other tokens" * isinstance(stored[name], list))
 
@@ -847,6 +867,10 @@ def main(argv=None):
             check_source(source, world)
         if train.eval_clips or train.val_every:
             world.tokenizer, world.codec                            # what an evaluation needs should be missed now, not at the end
+        world.dataset("train")
+        for place in (Path(train.out, name) for name in train.stages.split(",")):
+            if os.path.lexists(place) and not (place / "train.json").is_file():
+                raise ValueError(f"{place} is no checkpoint, but one would take its place: move it, or choose another --out")
         model, done = load(source, config) if source else (UniViGU(config), {})
         if not flags.resume and machine.rank == 0:
             start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
@@ -871,14 +895,13 @@ def main(argv=None):
         fail(f"the processes found different checkpoints in {train.out}, the last one of step {agreed(machine, step):g}: wanted one folder for all")
     first, guard = 0, Guard(world, train, skipped)
     average = Average(model, train.ema) if train.ema else None
-    if machine.rank == 0:
-        for name in ("metrics.jsonl", "validation.jsonl"):
-            truncate(Path(train.out, name), step)
-    agreed(machine, 0)
     bar = tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True)
     if step >= bar.total and machine.rank == 0:
         print(f"{train.out} is at its last step, {step}: nothing is left to train")
     try:
+        for name in ("metrics.jsonl", "validation.jsonl") if machine.rank == 0 else ():
+            truncate(Path(train.out, name), step)
+        agreed(machine, 0)
         with preferred_attention(machine):
             for stage in names:
                 end = first + getattr(train, f"{stage}_steps")
@@ -893,11 +916,15 @@ def main(argv=None):
             saver.wait()
             if train.eval_clips:
                 evaluate(objective, world, train, machine, average, train.eval_clips, elapsed, text_started)
+            if machine.rank == 0:
+                pages.write_report(train.out, world.shown, dataclasses.asdict(train) | dataclasses.asdict(config))
     except Stop as stop:
         saver.wait()
         if machine.rank == 0:
             print(stop)
-    except (FloatingPointError, ValueError, OSError) as error:
+    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         fail(error)
     finally:
         bar.close()

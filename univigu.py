@@ -31,7 +31,7 @@ Where we differ from the paper, or fill its silence:
 
 import math
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class Config:
 
     dim: int = option(64, "width of the hidden tokens")
     ffn_dim: int = option(256, "hidden width of the video expert FFN_v")
-    num_heads: int = option(2, "attention heads; dim / num_heads must be even and at least 6")
+    num_heads: int = option(4, "attention heads; dim / num_heads must be even and at least 6")
     num_layers: int = option(4, "transformer blocks")
     in_dim: int = option(24, "channels of the video latent that comes in")
     out_dim: int = option(24, "channels of the video velocity that goes out")
@@ -79,9 +79,12 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {allowed}")
         for f in fields(self):
-            if f.type is int and getattr(self, f.name) < 1:
-                raise ValueError(f"{f.name} is {getattr(self, f.name)}, wanted at least 1")
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            value, most = getattr(self, f.name), 1000 if f.name == "num_layers" else 10**6   # a file may claim anything
+            if f.type is int and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(f"{f.name} is {value!r}, wanted an integer from 1 to {most}")
+            if f.type is float and type(value) not in (int, float):
+                raise ValueError(f"{f.name} is {value!r}, wanted a number")
+        if len(self.patch_size) != 3 or any(type(size) is not int or size < 1 for size in self.patch_size):
             raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers (frames, rows, columns)")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
             raise ValueError(f"dim {self.dim} over num_heads {self.num_heads}: wanted an even head width of at least 6")
@@ -230,13 +233,18 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x, context, rope=None):
-        """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence."""
+    def forward(self, x, context, rope=None, memory=None):
+        """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence.
+        memory: an empty list takes up the first stream's keys and values; they then stand before those of context."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
         q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
         if rope is not None:
             sizes = [len(cos) for cos, _, _ in rope]
             q, k = (join([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
+        if memory:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(memory, (k, v)))
+        elif memory is not None:
+            memory += [s[:, :, :sizes[0]] for s in (k, v)]
         a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
         return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
 
@@ -255,15 +263,15 @@ class Block(nn.Module):
         self.ffn_t = ffn(dim, config.text_ffn_dim)                  # the text expert
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, h, e, c, rope):
-        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h."""
+    def forward(self, h, e, c, rope, memory=None):
+        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: see Attention."""
         sizes = [h_m.shape[1] for h_m in h]
         mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
         streams = range(len(h))
 
         x = join([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)     # [h_v; h_t] (B, n_v + N, dim)
-        a = self.self_attn(x, x, rope).split(sizes, dim=1)                                   # eq. 14
+        a = self.self_attn(x, x, rope, memory).split(sizes, dim=1)                           # eq. 14
         h = [h[i] + gate[i] * a[i] for i in streams]
 
         a = self.cross_attn(self.norm3(join(h, dim=1)), c).split(sizes, dim=1)          # eq. 4; both read the prompt; no gate, as Wan
@@ -379,12 +387,13 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
             if tau is None or tau.shape != (b,):
                 raise ValueError(f"{name} has shape {None if tau is None else tuple(tau.shape)}, wanted ({b},)")
 
-    def forward(self, z_v, z_t, tau_v, tau_t, c):
+    def forward(self, z_v, z_t, tau_v, tau_t, c, memory=None):
         """Both velocities at one point of the two paths (eq. 10).
 
         z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
         z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None. In the
-        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. Raises ValueError on shapes that do not fit.
+        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: an empty list a block takes up what the
+        text reads of the video; a second call with it runs the text alone, and v_v is None. Raises ValueError on shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
         cfg, device = self.config, z_v.device
@@ -395,6 +404,9 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
         e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
         rope = [(*video_rope(grid, head_dim, device), "adjacent")]
+        remembered = bool(memory and memory[0])
+        if remembered:                                                                       # no video token is left to compute
+            h[0], rope[0] = h[0][:, :0], (*(angles[:0] for angles in rope[0][:2]), "adjacent")
         if z_t is not None:
             h.append((self.text_in(z_t) if cfg.text_flow == "embedding" else self.token_embedding(z_t)).float())  # (B, N, dim)
             e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
@@ -402,11 +414,11 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
             rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
         c = self.text_embedding(F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1])))            # (B, L, dim); padding is seen, as in Wan
 
-        for block in self.blocks:
-            h = block(h, e6, c, rope)                                                        # h_v, h_t
+        for i, block in enumerate(self.blocks):
+            h = block(h, e6, c, rope, memory and memory[i])                                  # h_v, h_t
 
         (f, h_, w), (pf, ph, pw) = grid, cfg.patch_size
-        v_v = -rearrange(self.head(h[0], e[0]), "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+        v_v = None if remembered else -rearrange(self.head(h[0], e[0]), "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
                          f=f, h=h_, w=w, pf=pf, ph=ph, pw=pw)       # Wan's head gives noise - data; a velocity is data - noise
         if z_t is None:
             return v_v, None
@@ -594,12 +606,12 @@ def velocities(model, state, guidance, null_v=None, null_t=None):
 
 
 @torch.no_grad()
-def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None, generator=None, callback=None):
+def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None, reuse_video=False, generator=None, callback=None):
     """Video -> text: the video is clean (tau_v = 1) and only the text's clock runs (eq. 16).
 
     z_v (B, C, F, H, W) clean latents; c (B, <= L, prompt_dim) or None for no prompt; length N, shift: the model's own by
-    default. guidance contrasts with a video of pure noise. callback(i, tau_v, tau_t, z_v, z_t) after each step.
-    Returns y_hat (B, N) int64.
+    default. guidance contrasts with a video of pure noise. reuse_video: the video's keys and values are those of the first step, and the
+    others run the text's tokens alone. callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns y_hat (B, N) int64.
     """
     cfg, b = model.config, len(z_v)
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
@@ -607,9 +619,10 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     text_flow = TEXT_FLOWS[cfg.text_flow]
     z_t = text_flow.noise(model, z_v, length or cfg.text_len, generator)
     null = None if guidance == 1 else dict(z_v=noise_like(z_v, generator), tau_v=zero)
+    network = partial(model, memory=[[] for _ in model.blocks]) if reuse_video else model
     grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
-        _, v_t = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
+        _, v_t = velocities(network, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
         z_t = text_flow.step(z_t, v_t, tau, after, generator=generator)                      # eq. 16
         if callback:
             callback(i, 1.0, after, z_v, z_t)

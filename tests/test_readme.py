@@ -3,11 +3,15 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ABOUT = {"univigu.py": "the method: model, loss, samplers", "train.py": "the training loop, every stage", "sample.py": "the three modes on files and prompts",
+         "pages.py": "the pages: a sample's trajectory, a run's report",
          "bench.py": "speed of a step, against diffusers'",
          "toy/shapes.py": "the clips: attributes, renderer, split", "toy/words.py": "prompts, captions, tokenizer, prompt encoder",
          "toy/codec.py": "frames <-> latents", "toy/oracle.py": "reads attributes back from pixels", "toy/evaluate.py": "numbers, table, pictures",
@@ -69,6 +73,49 @@ def test_the_map_of_files_is_right():
 def test_the_map_of_equations_is_right():
     assert written("equations") == equations()
     assert {int(k) for k in re.findall(r"^\| (\d+) \|", equations(), re.M)} == set(range(1, 19))
+
+
+def commands():
+    """Every command of the README's blocks: (script or module, mode of sample.py, its words), a continued line as one."""
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.M | re.S) + re.findall(r"`((?:OMP_NUM_THREADS=1 taskset -c 0 )?(?:python|bench\.py) [^`]*)`", README.read_text())
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        if match := re.search(r"\b(?:python (?:-m )?)?((?:train|sample|bench)\.py|wan\.(?:prepare|caption)|toy\.experiments)\b(.*)", line):
+            words = match[2].split()
+            yield match[1], words[0] if match[1] == "sample.py" else None, words
+
+
+def test_commands_name_flags_and_files_that_there_are():
+    helps, found = {}, list(commands())
+    assert len(found) > 20
+    for script, mode, words in found:
+        if (script, mode) not in helps:
+            start = [script] if script.endswith(".py") else ["-m", script]
+            helps[script, mode] = subprocess.run([sys.executable, *start, *([mode] if mode else []), "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for flag in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{flag}\b", helps[script, mode]), (script, flag)
+    for name in re.findall(r"\]\(((?!http|#)[^)]*)\)", README.read_text()):
+        assert (ROOT / name).exists(), name
+    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", README.read_text(), re.M)}
+    assert set(re.findall(r"\]\(#([^)]*)\)", README.read_text())) <= titles
+
+
+def test_tests_that_are_named_exist():
+    """`pytest -k twenty tests/test_train.py` selects something."""
+    for words, path in re.findall(r"`pytest(?: -s)? (?:-k (\w+) )?(tests/\w+\.py)`", README.read_text()):
+        names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M)
+        assert any(words in name for name in names), (words, path)
+
+
+@pytest.mark.slow
+def test_the_idea_in_ten_lines_runs(tmp_path, monkeypatch, capsys, one_codec):
+    from toy.experiments import Budget
+
+    code = re.search(r"^```python\n(from toy\.experiments.*?)^```", README.read_text(), re.M | re.S)[1]
+    code = code.replace('"runs/ideas"', repr(str(tmp_path))).replace("seeds=[0, 1, 2]", "seeds=[0, 1]")
+    tiny = "--batch 4 --dim 24 --text-dim 24 --ffn-dim 32 --text-ffn-dim 16 --num-layers 1 --warmup 1 --compile no --device cpu"
+    monkeypatch.setattr("toy.experiments.FULL", Budget(generator=2, recall=1, refine=2, clips=2, flags=tiny))
+    exec(compile(code, "README.md", "exec"), {})
+    assert "four heads read better" in capsys.readouterr().out and {f.name for f in tmp_path.glob("heads.*")} == {"heads.json", "heads.png"}
 
 
 if __name__ == "__main__":

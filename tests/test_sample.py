@@ -207,9 +207,18 @@ def test_captions_are_printed_from_what_the_model_says(use, clips, work, monkeyp
 def test_steps_and_guidance_are_honoured(mode, steps, guidance, passes, use, clips, work, monkeypatch):
     write_video("clip.npy", clips[0][:1])
     batches, forward = [], UniViGU.forward
-    monkeypatch.setattr(UniViGU, "forward", lambda self, z_v, *rest: batches.append(len(z_v)) or forward(self, z_v, *rest))
+    monkeypatch.setattr(UniViGU, "forward", lambda self, z_v, *rest, **more: batches.append(len(z_v)) or forward(self, z_v, *rest, **more))
     use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]), "--steps", steps, "--guidance", guidance)
     assert batches == [n + (mode == "joint" and n > 1) for n in passes]    # joint has a null pass for each modality
+
+
+def test_the_video_is_computed_once_unless_told_otherwise(use, clips, work, monkeypatch):
+    write_video("clip.npy", clips[0][:1])
+    calls, real = [], sample.understand
+    monkeypatch.setattr(sample, "understand", lambda *args, **kwargs: calls.append(kwargs["reuse_video"]) or real(*args, **kwargs))
+    for flags in ([], ["--recompute-video"]):
+        use("understand", "--video", "clip.npy", *flags)
+    assert calls == [True, False]
 
 
 @pytest.mark.parametrize("mode", ["understand", "generate", "joint"])
@@ -218,7 +227,7 @@ def test_defaults_are_those_of_the_world(mode, use, clips, work, monkeypatch):
     calls, real = [], getattr(sample, mode)
     monkeypatch.setattr(sample, mode, lambda *args, **kwargs: calls.append(kwargs) or real(*args, **kwargs))
     use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]))
-    assert {name: value for name, value in calls[0].items() if name in ("steps", "guidance", "shift")} == World.sampling[mode]
+    assert {name: value for name, value in calls[0].items() if name in ("steps", "guidance", "shift", "reuse_video")} == World.sampling[mode]
     assert calls[0]["generator"].initial_seed() == 0
 
 
@@ -280,7 +289,7 @@ def another_world(folder):
 @pytest.mark.parametrize("damage, word", [
     (remove("model.safetensors"), "model.safetensors"), (remove("config.json"), "config.json"), (remove("train.json"), "train.json"),
     (cut("model.safetensors"), "cannot be read"), (cut("config.json"), "cannot be read"), (cut("train.json"), "cannot be read"),
-    (change("config.json", dim=48), "size mismatch"), (change("config.json", num_layers=2), "Missing key"), (change("config.json", num_heads=5), "num_heads 5"),
+    (change("config.json", dim=48), "mis-shaped"), (change("config.json", num_layers=2), "missing: blocks.1"), (change("config.json", num_heads=5), "num_heads 5"),
     (remove("world.json"), "world.json"), (change("world.json", world="films"), "'films'"),
     (drop_a_tensor, "head_t.head.bias"), (another_world, "in_dim"),
 ], ids=["no weights", "no config", "no train.json", "cut weights", "cut config", "cut train.json", "wider config", "deeper config", "impossible config",
@@ -591,7 +600,7 @@ def test_a_batch_that_was_stopped_goes_on_and_a_line_that_was_cut_is_mended(use,
         assert index.read_text() == whole and all(f.read_bytes() == data for f, data in drawn.items())
         assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
     stamps = [f.stat().st_mtime_ns for f in drawn]
-    monkeypatch.setattr(sample, "read_model", None)                 # all is there: no model is read
+    monkeypatch.setattr(sample.wan, "load", None)                 # all is there: no model is read
     use(*command)
     assert [f.stat().st_mtime_ns for f in drawn] == stamps and index.read_text() == whole
 
@@ -604,14 +613,14 @@ def test_captions_of_a_folder_go_on_where_they_were(use, clips, work, monkeypatc
     whole = use(*command)
     (work / "said.jsonl").write_text(whole.splitlines(keepends=True)[0] + '{"video": "b.npy", "cap')
     assert use(*command) == "".join(whole.splitlines(keepends=True)[1:]) and (work / "said.jsonl").read_text() == whole
-    monkeypatch.setattr(sample, "read_model", None)
+    monkeypatch.setattr(sample.wan, "load", None)
     assert use(*command) == "" and (work / "said.jsonl").read_text() == whole
     (work / "videos" / "broken.npy").write_bytes(b"")
     assert use(*command) == "" and (work / "said.jsonl").read_text() == whole      # nothing new that can be read, but that was told
 
 
 def test_a_dry_run_prints_sizes_and_makes_nothing(use, clips, work, monkeypatch):
-    monkeypatch.setattr(sample, "read_model", None)
+    monkeypatch.setattr(sample.wan, "load", None)
     text = use("joint", "--prompt", PROMPT, "--dry-run")
     assert "48 video tokens and 16 text tokens" in text and "24 steps, guidance 3, shift 1: 72 passes" in text and "1 to do" in text and files(work) == []
     (work / "prompts.txt").write_text("\n".join([PROMPT] * 3))

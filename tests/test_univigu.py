@@ -761,6 +761,30 @@ def test_samplers_decode_the_text_they_end_with_and_length_sets_its_size():
         assert spy.result.tolist() == [[3, 1, 4]] * B
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("text_flow", ["embedding", "discrete"])
+def test_a_remembered_video_is_exact_where_it_cannot_see_the_text(text_flow, guidance):
+    """In the first block the video's keys and values depend on the video alone: a model of one block loses nothing."""
+    found = []
+    for reuse in (False, True):
+        one = build(num_layers=1, text_flow=text_flow, text_dim=32 if text_flow == "discrete" else 8)
+        states = []
+        understand(one, inputs()[0], steps=5, guidance=guidance, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.append(state[-1].double()))
+        found.append(torch.stack(states))
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_a_remembered_video_costs_one_step(model):
+    """The first step is the full one; the others run no video token."""
+    tokens, states = [], {}
+    hook = model.blocks[1].ffn.register_forward_hook(lambda ffn, given, out: tokens.append(given[0].shape[1]))
+    for reuse in (False, True):
+        understand(model, inputs()[0], steps=4, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.setdefault(reuse, []).append(state[-1]))
+    hook.remove()
+    assert tokens[:4] == [tokens[0]] * 4 and tokens[4:] == [tokens[0], 0, 0, 0] and tokens[0] > 0
+    assert torch.equal(states[True][0], states[False][0]) and not torch.equal(states[True][-1], states[False][-1])
+
+
 def test_understand_without_a_prompt_is_understand_with_the_zero_prompt(model):
     z_v = inputs()[0]
     ends = []

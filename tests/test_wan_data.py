@@ -512,7 +512,7 @@ def many(folder, sizes, shard_clips=16, channels=2):
     clips = [{"line": next(line), "size": [1, 16, 16 * (s + 1)], "cut": False} for s, n in enumerate(sizes) for _ in range(n)]
     clips = [{"video": f"{clip['line']}.mp4", **clip} for clip in clips]
     manifest = {"format": data.FORMAT, "text_len": 4, "prompt_len": 3, "prompt_dim": 2, "vocab_size": 9, "vocabulary": [0, 1, 5], "wan": "none",
-                "latents": "normalised", "shards": {},
+                "codec": "none", "prompt_encoder": "none", "latents": "normalised", "shards": {},
                 "buckets": {f"1x16x{16 * (s + 1)}": {"clips": n, "z_v": [channels, 1, 2, 2 * (s + 1)]} for s, n in enumerate(sizes)}}
     for i in range(0, len(clips), shard_clips):
         tensors, some = {}, clips[i:i + shard_clips]

@@ -12,12 +12,13 @@ class World:
 
     `codec`, `prompt_encoder`, `tokenizer`, `dataset(split)`; `shape` (C, F, H, W) of one z_v, `frame_shape` (3, T, H, W) of
     one clip, `text_len` N; `sampling`: mode -> how it samples by default; `check(config)`, `evaluate(...)`; `sizes`: Config
-    fields that the data decides where the preset does not; `state`: what a checkpoint stores to make this world again.
+    fields that the data decides where the preset does not; `state`: what a checkpoint stores to make this world again; `shown`: what the last
+    evaluation has to show beside its results, see pages.write_report.
     """
 
     sampling = evaluation.SAMPLING
     sizes = {}
-    state = {"world": "toy"}
+    state, shown = {"world": "toy"}, {}
     fixed_size, fps, negative_prompt, endings = True, 8, "", (".gif", ".mp4", ".npy")  # what sample.py asks: the toy has one size
 
     def __init__(self, seed=0):

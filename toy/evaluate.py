@@ -14,7 +14,7 @@ from univigu import generate, joint, understand, uni_flow_loss
 from . import oracle, shapes, words
 
 # How each mode samples unless told otherwise; sample.py uses the same.
-SAMPLING = {"understand": dict(steps=16, guidance=1.0), "generate": dict(steps=12, guidance=3.0), "joint": dict(steps=24, guidance=3.0)}
+SAMPLING = {"understand": dict(steps=16, guidance=1.0, reuse_video=True), "generate": dict(steps=12, guidance=3.0), "joint": dict(steps=24, guidance=3.0)}
 ALL = tuple(shapes.ATTRIBUTES)
 BRIEF = ("colour", "shape", "direction")  # what a brief prompt asks for
 BATCH = 128
@@ -66,37 +66,77 @@ def held_out_losses(model, world, split, clips, seed, has_text):
     return losses
 
 
-def measure(found, suffix, results):
-    """Adds a split's figures to results: each mode's accuracy, and the chance level: the same answers held against another clip."""
+def compare(found):
+    """What each mode's measure compares: (answers (B, 7) int64, what they should be, the attributes that count)."""
     truth = torch.stack(found["truth"])
-    drawn = oracle.read(torch.stack(found["drawn"]))
-    pairs = {"generation.attribute_accuracy": (drawn, truth, BRIEF)}
+    pairs = {"generation.attribute_accuracy": (oracle.read(torch.stack(found["drawn"])), truth, BRIEF)}
     if "captions" in found:
-        captions, joint_captions, joint_frames = said(found["captions"]), said(found["joint_captions"]), oracle.read(torch.stack(found["joint_frames"]))
-        pairs |= {"understanding.attribute_accuracy": (captions, truth, ALL), "joint.agreement": (joint_captions, joint_frames, ALL),
+        joint_frames = oracle.read(torch.stack(found["joint_frames"]))
+        pairs |= {"understanding.attribute_accuracy": (said(found["captions"]), truth, ALL), "joint.agreement": (said(found["joint_captions"]), joint_frames, ALL),
                   "joint.prompt_followed": (joint_frames, truth, BRIEF)}
+    return pairs
+
+
+def measure(pairs, suffix, results):
+    """Adds a split's figures to results: each mode's accuracy, and the chance level: the same answers held against another clip."""
     for key, (a, b, names) in pairs.items():
         mode, name = key.split(".")
         results.setdefault(mode, {})[name + suffix], results[mode][f"{name}_each{suffix}"] = score(a, b, names)
         results.setdefault("chance", {}).setdefault(mode, {})[name + suffix] = score(a, b.roll(1, 0), names)[0]
-    if "captions" in found:
+    if "understanding" in results:
+        captions, truth, _ = pairs["understanding.attribute_accuracy"]
         results["understanding"]["exact_match" + suffix] = round((captions == truth).all(1).double().mean().item(), 4)
         results["chance"]["understanding"]["exact_match" + suffix] = round((captions == truth.roll(1, 0)).all(1).double().mean().item(), 4)
 
 
 # ---------------------------------------------------------------- what a person sees
 
+def figures(results):
+    """The figures a line per mode, as dicts of name, seen, unseen, chance, each (attribute -> accuracy, seen) and clips; "seen" are unseen clips of
+    seen combinations, "unseen" those of combinations never trained on."""
+    measures = (("understanding", "attribute_accuracy"), ("understanding", "exact_match"), ("generation", "attribute_accuracy"),
+                ("joint", "agreement"), ("joint", "prompt_followed"))
+    return [dict(name=f"{mode}.{name}", seen=results[mode][name], unseen=results[mode][name + "_unseen"], chance=results["chance"][mode][name],
+                 each=results[mode].get(f"{name}_each", {}), clips=results["clips"]) for mode, name in measures if mode in results]
+
+
 def table(results):
-    """The figures as text, a line per mode; "seen" are unseen clips of seen combinations, "unseen" those of combinations never trained on."""
+    """Those figures as text."""
     lines = [f"{'':32}{'seen':>8}{'unseen':>8}{'chance':>8}   " + " ".join(f"{name:>10}" for name in ALL)]
-    for mode, name in (("understanding", "attribute_accuracy"), ("understanding", "exact_match"), ("generation", "attribute_accuracy"),
-                       ("joint", "agreement"), ("joint", "prompt_followed")):
-        if mode in results:
-            r = results[mode]
-            each = r.get(f"{name}_each", {})
-            lines.append(f"{mode + '.' + name:32}{r[name]:8.3f}{r[name + '_unseen']:8.3f}{results['chance'][mode][name]:8.3f}   "
-                         + " ".join(f"{each[a]:10.3f}" for a in each))
+    for row in figures(results):
+        lines.append(f"{row['name']:32}{row['seen']:8.3f}{row['unseen']:8.3f}{row['chance']:8.3f}   " + " ".join(f"{value:10.3f}" for value in row["each"].values()))
     return "\n".join(lines)
+
+
+def confusion(answers, truth):
+    """Attribute -> its values, and how often each (a row) was answered by which (a column; the last one: by none of them)."""
+    counts = {}
+    for i, (name, values) in enumerate(shapes.ATTRIBUTES.items()):
+        k = len(values) + 1
+        counts[name] = values, torch.bincount(truth[:, i] * k + answers[:, i] % k, minlength=len(values) * k).view(-1, k)
+    return counts
+
+
+def gallery(found, pairs, most=3):
+    """Of each mode, the first clips that it got right and the first that it got wrong, `most` of each, as pages.write_report wants them."""
+    sees = lambda attributes: ("the oracle sees", lambda i: words.detailed(attributes[i:i + 1])[0])
+    text = lambda name, key: (name, lambda i: found[key][i])
+    modes = {"generate": ("generation.attribute_accuracy", "drawn", [text("asked", "wanted" if "captions" in found else "prompts")])}
+    if "captions" in found:
+        modes = {"understand": ("understanding.attribute_accuracy", "frames", [text("the truth", "wanted"), text("the model wrote", "captions")]), **modes,
+                 "joint": ("joint.agreement", "joint_frames", [text("asked", "prompts"), text("the model wrote", "joint_captions")])}
+    entries = []
+    for mode, (key, video, lines) in modes.items():
+        answers, wanted, names = pairs[key]
+        columns = [ALL.index(name) for name in names]
+        wrong = (answers != wanted)[:, columns]
+        lines = lines + {"generate": [sees(answers), ("what counts", lambda i: ", ".join(BRIEF))], "joint": [sees(wanted)]}.get(mode, [])
+        for right in (True, False):
+            for i in (wrong.any(1) != right).nonzero().flatten().tolist()[:most]:
+                mistakes = ", ".join(names[k] for k in wrong[i].nonzero().flatten().tolist())
+                said_of = [(name, get(i)) for name, get in lines] + ([] if right else [("wrong", mistakes)])
+                entries.append(dict(mode=mode, right=right, frames=found[video][i], lines=said_of))
+    return entries
 
 
 def to_pixels(frames):
@@ -139,12 +179,13 @@ def write_gif(path, frames, zoom=8, fps=8):
 def evaluate(model, world, out, clips, seed, elapsed, has_text):
     """Measures a model on `clips` clips of each split; prints the table, writes results.json, samples.png and GIFs into `out`.
 
-    elapsed: seconds of training before; results["wall_s"] is the sum. Returns results.
+    elapsed: seconds of training before; results["wall_s"] is the sum. world.shown then holds what a report shows beside. Returns results.
     """
     begin, out, results = time.time(), Path(out), {"seed": seed, "clips": clips}
     for split, suffix in (("seen", ""), ("unseen", "_unseen")):
         found = sample_split(model, world, split, clips, seed, has_text)
-        measure(found, suffix, results)
+        pairs = compare(found)
+        measure(pairs, suffix, results)
         results.setdefault("loss", {})[split] = held_out_losses(model, world, split, clips, seed, has_text)
         if split == "seen":
             contact_sheet(found).save(out / "samples.png")
@@ -154,6 +195,8 @@ def evaluate(model, world, out, clips, seed, elapsed, has_text):
                 results.setdefault("pictures", {})[f"{mode}.gif"] = found[text][0]
             clip = shapes.render(world.dataset("seen").clips([0]))[0]
             np.save(out / "clip.npy", to_pixels(clip))              # the clip of understand.gif at its own size, for sample.py to read
+            world.shown = {"gallery": gallery(found, pairs)} | ({"confusion": confusion(*pairs["understanding.attribute_accuracy"][:2])} if has_text else {})
+    world.shown["accuracy"] = figures(results)
     results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

@@ -32,8 +32,10 @@ def reading_by_step(run):
 
 
 def reading_in_steps(run):
+    """Accuracy by the sampler's steps, the video's tokens computed in each, or in the first alone."""
     batch, truth = run.show(share=2)
-    return {f"read in @ {steps}": score(run.read(batch["z_v"], steps=steps), truth)[0] for steps in STEPS}
+    return {f"{name} @ {steps}": score(run.read(batch["z_v"], steps=steps, reuse_video=reuse), truth)[0]
+            for name, reuse in (("read in", False), ("video reused, read in", True)) for steps in STEPS}
 
 
 def reading_by_prompt(run):

@@ -107,7 +107,7 @@ def caption(flags, load=load):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="wan.caption", usage="python -m wan.caption [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"wan.caption: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"wan.caption: error: {one_line(message)}\n")
     parser.add_argument("--videos", required=True, help="folder of the videos")
     parser.add_argument("--index", required=True, help="JSONL file, a row {video, prompt} a line")
     parser.add_argument("--model", required=True, help="folder or hub id of a vision-language model that reads several images")
@@ -117,9 +117,11 @@ def main(argv=None):
     parser.add_argument("--show", type=int, default=8, help="how many of them the model sees, evenly spaced (default: %(default)s)")
     parser.add_argument("--caption-tokens", type=span, default="128-256", help="umT5 tokens that a caption may have, EOS not counted (default: %(default)s)")
     flags = parser.parse_args(argv)
-    for name, good in (("frames", flags.frames > 0), ("show", flags.show > 0), ("caption_tokens", flags.caption_tokens[0] <= flags.caption_tokens[-1])):
+    tokens = flags.caption_tokens
+    for name, good, wanted in (("frames", flags.frames > 0, "at least 1"), ("show", flags.show > 0, "at least 1"), ("out", flags.out, "the name of a file"),
+                               ("caption_tokens", len(tokens) == 2 and tokens[0] <= tokens[1], "LOW-HIGH")):
         if not good:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {'LOW-HIGH' if name == 'caption_tokens' else 'at least 1'}")
+            parser.error(f"--{name.replace('_', '-')} is {getattr(flags, name)!r}, wanted {wanted}")
     run("wan.caption", caption, flags)
 
 

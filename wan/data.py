@@ -20,7 +20,10 @@ from .weights import read_json
 
 FORMAT = "uni-vigu clips 1"
 PAD, EOS = 0, 1  # umT5's
+MANIFEST = dict(text_len=int, prompt_len=int, prompt_dim=int, vocab_size=int, vocabulary=list, wan=str, latents=str, codec=str, prompt_encoder=str,
+                buckets=dict, shards=dict)                          # what manifest.json has, none of it empty
 FIELDS = ("z_v", "c", "prompt", "caption")  # a clip's tensors in a shard are named "LINE.FIELD", after its line of the index
+DTYPES = [torch.float16, torch.bfloat16, torch.int32, torch.int32]
 SPLITS = ("train", "val")
 # The default of Wan2.1's own sampler: oversaturated, overexposed, static, blurred, subtitles, ... deformed hands, walking backwards.
 NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
@@ -40,8 +43,12 @@ def open_shard(path):
 def read_header(path):
     """What a shard says of itself: dict(clips=[dict(line, video, size, z_v, cut), ...], vocabulary=[id, ...]). Raises ValueError, FileNotFoundError."""
     with open_shard(path) as shard:
-        header = json.loads((shard.metadata() or {}).get("clips", "{}"))
-        missing = {f"{clip['line']}.{name}" for clip in header.get("clips", ()) for name in FIELDS} - set(shard.keys())
+        try:
+            header = json.loads((shard.metadata() or {}).get("clips", "{}"))
+            clips = [(int(clip["line"]), clip["video"].encode(), list(clip["size"])) for clip in header.get("clips", ())]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"shard {path} has a header that wan.prepare did not write: delete it and run wan.prepare again") from None
+        missing = {f"{line}.{name}" for line, *_ in clips for name in FIELDS} - set(shard.keys())
     if header.get("format") != FORMAT:
         raise ValueError(f"shard {path} has format {header.get('format')!r}, wanted {FORMAT!r}")
     if missing:
@@ -50,13 +57,26 @@ def read_header(path):
 
 
 def read_manifest(folder):
-    """manifest.json of a prepared folder. Raises FileNotFoundError or ValueError where it is missing or of another format."""
+    """manifest.json of a prepared folder. Raises FileNotFoundError or ValueError where it is missing, damaged, of another format, or names files elsewhere."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, wanted a folder that wan.prepare finished")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, wanted {FORMAT!r}")
+    for name, kind in MANIFEST.items():
+        if not isinstance(manifest.get(name), kind) or not manifest[name]:
+            raise ValueError(f"{path} has {name} {str(manifest.get(name))[:60]!r}, wanted what wan.prepare wrote")
+    for name in manifest["shards"]:
+        if Path(name).name != name:
+            raise ValueError(f"{path} names the shard {name!r}, wanted a file of its own folder")
+    try:
+        numbers = [(*map(int, size.split("x")), *bucket["z_v"], bucket["clips"]) for size, bucket in manifest["buckets"].items()]
+        numbers += [(shard["clips"], shard["bytes"]) for shard in manifest["shards"].values()]
+        if {len(entry) for entry in numbers} != {2, 8} or any(type(n) is not int or n < 1 for entry in numbers for n in entry):
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} has buckets and shards of another form than wan.prepare writes: run it again") from None
     return manifest
 
 
@@ -86,6 +106,7 @@ class Shards(Dataset):
         self.folder, self.seed, manifest = Path(folder), seed, read_manifest(folder)
         self.text_len, self.prompt_len = manifest["text_len"], manifest["prompt_len"]
         self.names, self.buckets = list(manifest["shards"]), list(manifest["buckets"])
+        self.shapes, self.ids, self.prompt_dim = [bucket["z_v"] for bucket in manifest["buckets"].values()], set(manifest["vocabulary"]), manifest["prompt_dim"]
         self.vocabulary = None if full_vocabulary else torch.tensor(manifest["vocabulary"])
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
@@ -97,8 +118,12 @@ class Shards(Dataset):
             if path.stat().st_size != wanted["bytes"]:
                 raise ValueError(f"shard {path} has {path.stat().st_size} bytes, wanted {wanted['bytes']}: delete it and run wan.prepare again")
             for clip in read_header(path)["clips"]:
-                places.append((i, clip["line"], self.buckets.index("x".join(map(str, clip["size"])))))
+                if (size := "x".join(map(str, clip["size"]))) not in self.buckets:
+                    raise ValueError(f"shard {path} has a clip of {size}, wanted one of {', '.join(self.buckets)}")
+                places.append((i, clip["line"], self.buckets.index(size)))
                 videos.append(clip["video"])
+        if not videos:
+            raise ValueError(f"{self.folder} holds no clips")
         val = held_out(videos)
         places = [place for place, video in zip(places, videos) if (video in val) == (split == "val")]
         self.shard, self.line, self.bucket = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).unbind(1)
@@ -138,8 +163,15 @@ class Shards(Dataset):
 
     def read(self, index):
         """A clip as it is stored: z_v (C, F, H, W) float16, c (its tokens, width) bfloat16, umT5's ids of prompt and caption, int32, with EOS."""
-        with open_shard(self.folder / self.names[self.shard[index]]) as shard:
-            return [shard.get_tensor(f"{self.line[index]}.{name}") for name in FIELDS]
+        path, line, shape = self.folder / self.names[self.shard[index]], self.line[index], self.shapes[self.bucket[index]]
+        with open_shard(path) as shard:
+            z_v, c, prompt, caption = clip = [shard.get_tensor(f"{line}.{name}") for name in FIELDS]
+        good = [x.dtype for x in clip] == DTYPES and list(z_v.shape) == shape and list(c.shape[1:]) == [self.prompt_dim] and len(c) <= self.prompt_len
+        if not good or not all(0 < len(ids) <= self.text_len + 1 and self.ids.issuperset(ids.flatten().tolist()) for ids in (prompt, caption)):
+            found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in zip(FIELDS, clip))
+            raise ValueError(f"shard {path}, line {line} of the index: {found}, wanted z_v {tuple(shape)}, c (at most {self.prompt_len}, {self.prompt_dim}), "
+                             f"at most {self.text_len} ids of the manifest's vocabulary: delete it and run wan.prepare again")
+        return clip
 
     def tokens(self, ids):
         """umT5's ids with EOS -> y (N,) int64, padded. A text of exactly N tokens has no room for EOS and goes without."""
@@ -153,11 +185,12 @@ class World:
     `dataset(split)` of "train" or "val"; `shape` (C, F, H, W) and `frame_shape` (3, T, H, W) of the most frequent size; `text_len` N. `codec`,
     `prompt_encoder` and `tokenizer` are loaded when first used, from `wan` (default: what the data were prepared with), and refused unless they are
     the ones that prepared the data. full_vocabulary: V is umT5's vocabulary, not just the tokens that occur in the data. `sizes`: Config fields
-    that the data decide; `state`: what a checkpoint stores to make this world again without the data, see `restore`.
+    that the data decide; `state`: what a checkpoint stores to make this world again without the data, see `restore`; `shown`: what the last
+    evaluation has to show beside its results, see pages.write_report.
     """
 
-    fixed_size, fps, negative_prompt, endings = False, 16, NEGATIVE_PROMPT, (".mp4", ".mov", ".webm", ".gif")
-    sampling = {"understand": dict(steps=50, guidance=1.0), "generate": dict(steps=50, guidance=5.0, shift=3.0),
+    shown, fixed_size, fps, negative_prompt, endings = {}, False, 16, NEGATIVE_PROMPT, (".mp4", ".mov", ".webm", ".gif")
+    sampling = {"understand": dict(steps=50, guidance=1.0, reuse_video=True), "generate": dict(steps=50, guidance=5.0, shift=3.0),
                 "joint": dict(steps=50, guidance=5.0, shift=3.0)}
 
     def __init__(self, folder, seed=0, wan=None, device="cpu", full_vocabulary=False):
@@ -260,7 +293,7 @@ class World:
         begin, self.device = time.time(), next(model.parameters()).device
         device, generator = self.device, lambda: torch.Generator().manual_seed(self.seed)
         split = "val" if len(self.dataset("val")) else "train"
-        data, losses = self.dataset(split), {}
+        data, losses, gallery = self.dataset(split), {}, []
         results = {"seed": self.seed, "split": split, "clips": min(clips, len(data)), "captions": []}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for i in range(results["clips"]):
@@ -274,6 +307,8 @@ class World:
                     y_hat = understand(model, batch["z_v"], generator=generator(), **self.sampling["understand"])
                     written, wanted = self.tokenizer.decode(torch.cat([y_hat, batch["caption"]]).cpu())
                     results["captions"].append({"written": written, "wanted": wanted})
+                    frames = self.codec.decode(batch["z_v"][:, :, :3].cpu())[0]     # the first nine: to decode all takes its time
+                    gallery.append(dict(mode="understand", right=None, frames=frames, lines=[("wanted", wanted), ("the model wrote", written)]))
             first = {name: value.to(device) for name, value in data.__getitems__([0]).items()}
             shape = first["z_v"].shape[1:]
             drawn = {"generate": generate(model, first["caption"] if has_text else None, first["c"], shape, generator=generator(), **self.sampling["generate"])}
@@ -281,7 +316,12 @@ class World:
                 drawn["joint"], y_hat = joint(model, first["c"], shape, generator=generator(), **self.sampling["joint"])
                 results["joint"] = self.tokenizer.decode(y_hat.cpu())[0]
         for mode, z_v in drawn.items():
-            write_video(Path(out) / f"{mode}.mp4", self.codec.decode(z_v.cpu()), self.fps)
+            frames = self.codec.decode(z_v.cpu())
+            write_video(Path(out) / f"{mode}.mp4", frames, self.fps)
+            asked = self.tokenizer.decode(first["caption" if has_text and mode == "generate" else "prompt"].cpu())[0]
+            wrote = [("the model wrote", results["joint"])] if mode == "joint" else []
+            gallery.append(dict(mode=mode, right=None, frames=frames[0], lines=[("asked", asked), *wrote]))
+        self.shown = {"gallery": gallery}
         results["loss"] = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
         results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
         (Path(out) / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

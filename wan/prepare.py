@@ -161,8 +161,11 @@ def read_index(path, fields=("video", "prompt", "caption")):
 def write(path, text):
     """Writes beside, then renames."""
     part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_lines(path, fields):
@@ -357,7 +360,7 @@ def span(text):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="wan.prepare", usage="python -m wan.prepare [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"wan.prepare: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"wan.prepare: error: {one_line(message)}\n")
     parser.add_argument("--videos", required=True, help="folder of the videos")
     parser.add_argument("--index", required=True, help="JSONL file, a row {video, prompt, caption} a line")
     parser.add_argument("--out", required=True, help="folder for shards, manifest.json and rejected.jsonl")
@@ -375,12 +378,12 @@ def parse(argv):
     ordered = lambda pair: len(pair) == 2 and pair[0] <= pair[1]
     for name, good, wanted in (("frames", flags.frames % 4 == 1 and flags.frames > 0, "4n + 1 (1, 5, 9, ...)"),
                                ("min_frames", 1 <= flags.min_frames <= flags.frames, f"1 to {flags.frames}, the value of --frames"),
-                               ("sizes", all(len(size) == 2 and min(size) > 0 and not any(n % 16 for n in size) for size in flags.sizes),
-                                "ROWSxCOLUMNS, multiples of 16: 8 pixels a latent, 2 latents a token"),
+                               ("sizes", all(len(size) == 2 and 0 < min(size) <= max(size) < 10**4 and not any(n % 16 for n in size) for size in flags.sizes),
+                                "ROWSxCOLUMNS, multiples of 16 below 10000: 8 pixels a latent, 2 latents a token"), ("out", flags.out, "the name of a folder"),
                                ("shard_clips", flags.shard_clips > 0, "at least 1"), ("prompt_tokens", ordered(flags.prompt_tokens), "LOW-HIGH"),
                                ("caption_tokens", ordered(flags.caption_tokens), "LOW-HIGH")):
         if not good:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(flags, name)}, wanted {wanted}")
+            parser.error(f"--{name.replace('_', '-')} is {getattr(flags, name)!r}, wanted {wanted}")
     return flags
 
 

@@ -228,6 +228,8 @@ def open_checkpoint(path_or_hub_id, weights):
     found = open_pth(where) if kind == "published" else open_safetensors(where, "model" if kind == "own" else WEIGHTS, hub_id)
     table = {theirs: ours for ours, theirs in NAMES[kind].items()} if kind in NAMES else None
     ours = {name: rename(name, table) for name in found}
+    if kind == "published" and not any(ours.values()):
+        raise ValueError(f"{where} has {some(list(found)) or 'no tensors'}: wanted the names of a published Uni-ViGU")
     return kind, where, {ours[name]: tensor for name, tensor in found.items() if ours[name]}, [name for name in found if not ours[name]]
 
 
@@ -237,7 +239,10 @@ def open_safetensors(folder, stem, hub_id=None):
     hub_id: the repository whose files these are; of those that are not here it is asked for the headers, and `read` is None.
     """
     index = folder / f"{stem}.safetensors.index.json"
-    files = sorted(set(read_json(index, "weight_map").values())) if index.is_file() else [f"{stem}.safetensors"]
+    named = list(read_json(index, "weight_map").values()) if index.is_file() else [f"{stem}.safetensors"]
+    if strange := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
+        raise ValueError(f"{index} names the file {strange[0]!r}, wanted one of its own folder")
+    files = sorted(set(named))
     absent, found = [file for file in files if not (folder / file).is_file()], {}
     if absent and not hub_id:
         raise FileNotFoundError(f"{folder} lacks {some(absent)}")
@@ -247,9 +252,13 @@ def open_safetensors(folder, stem, hub_id=None):
     for path in (folder / file for file in files if file not in absent):
         try:
             with safe_open(path, framework="pt") as file:
-                found |= {name: (tuple(file.get_slice(name).get_shape()), partial(read_tensor, path, name)) for name in file.keys()}
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found |= {name: (tuple(tensor.get_shape()), partial(read_tensor, path, name)) for name, tensor in slices.items()}
+                whole = [f"{name} {tensor.get_dtype()}" for name, tensor in slices.items() if not re.match("B?F[0-9]", tensor.get_dtype())]
         except Exception as error:  # the library's own errors for damaged files
             raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        if whole:
+            raise ValueError(f"{path} has {some(whole)}: wanted floating-point numbers")
     return found
 
 
@@ -317,7 +326,10 @@ def make_config(kind, where, tensors, overrides):
         found, wanted = (tuple(value) if name == "patch_size" else value for value in (overrides[name], known[name]))
         if found != wanted:
             raise ValueError(f"{name} is {found!r} among the overrides, but {wanted!r} in {where}")
-    return Config(**rest | known | overrides)
+    try:
+        return Config(**rest | known | overrides)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def sizes(tensors):
@@ -378,7 +390,7 @@ def read_json(path, key=None):
     try:
         found = json.loads(path.read_text())
         found = found[key] if key else found
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, wanted an object")
@@ -387,7 +399,7 @@ def read_json(path, key=None):
 
 def some(names):
     """At most 20 of the names, and how many more."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return one_line(", ".join(names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def one_line(error):
