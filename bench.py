@@ -121,7 +121,7 @@ def main(argv=None):
         steps |= {(name, "training"): (training, 3 * flops), (name, "denoising"): (denoising, flops)}
     found = {key: [] for key in steps}
     with train.preferred_attention(train.Machine(device, flags.bf16, flags.compile, 0, 1)):
-        for repeat in range(flags.repeats + 1):                     # the first round warms up
+        for _ in range(flags.repeats + 1):                          # the first round warms up
             for key, (step, _) in steps.items():
                 found[key].append(measure(step, device))
     print(f"{'':34}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'GB':>7}")

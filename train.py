@@ -798,11 +798,10 @@ def check(train):
         raise ValueError(f"batch is {train.batch}, wanted a multiple of micro_batch {train.micro_batch} times {ranks} processes")
     if train.shard_within and ranks % train.shard_within:
         raise ValueError(f"shard_within is {train.shard_within}, wanted a divisor of the {ranks} processes")
-    for name in ("batch", "log_every", "save_every", "keep", *(f"{stage}_steps" for stage in STAGES)):
-        if getattr(train, name) < 1:
-            raise ValueError(f"{name} is {getattr(train, name)}, wanted at least 1")
-    for name, low, high in (("batch", 1, 10**6), ("micro_batch", 1, 10**6), *((f"{s}_steps", 1, 10**9) for s in STAGES), ("p_drop", 0, 1), ("decay", 0, 1), ("eval_clips", 0, 10**6), ("ema", 0, 0.999999), ("val_every", 0, 10**9), ("val_clips", 1, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9),
-                            ("time_limit", 0, 10**6), ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
+    for name, low, high in (("batch", 1, 10**6), ("micro_batch", 1, 10**6), *((f"{s}_steps", 1, 10**9) for s in STAGES), ("p_drop", 0, 1), ("decay", 0, 1),
+                            *((f"{name}_every", 1, 10**9) for name in ("log", "save")), ("keep", 1, 10**6), ("eval_clips", 0, 10**6), ("ema", 0, 0.999999),
+                            ("val_every", 0, 10**9), ("val_clips", 1, 10**6), ("workers", 0, 1000), ("max_skipped", 0, 10**9), ("time_limit", 0, 10**6),
+                            ("shard_within", 0, 10**6), ("warmup", 0, 10**9), ("anchor", 0, 1e3), ("lambda_t", 0, 1e6),
                             ("seed", 0, 10**9), ("clip", 1e-9, 1e9), ("adam_lr", 0, 10), *((f"{s}_lr", 0, 10) for s in STAGES)):
         if not low <= getattr(train, name) <= high:
             raise ValueError(f"{name} is {getattr(train, name)}, wanted {low} to {high}")
@@ -866,7 +865,7 @@ def main(argv=None):
         if source:
             check_source(source, world)
         if train.eval_clips or train.val_every:
-            world.tokenizer, world.codec                            # what an evaluation needs should be missed now, not at the end
+            _ = world.tokenizer, world.codec                        # what an evaluation needs should be missed now, not at the end
         world.dataset("train")
         for place in (Path(train.out, name) for name in train.stages.split(",")):
             if os.path.lexists(place) and not (place / "train.json").is_file():

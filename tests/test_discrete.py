@@ -199,7 +199,7 @@ def test_three_modes_run_at_batch_2_and_repeat_with_their_seed(guidance):
 
 
 def test_guidance_0_is_unconditional_and_1_is_conditional_on_all_tokens():
-    model, (z_v, y, c) = build(), data(2)
+    model, (z_v, _, c) = build(), data(2)
     plain = understand(model, z_v, c, steps=3, guidance=1.0, generator=seeded(0))
     assert torch.equal(plain, understand(model, z_v, c, steps=3, generator=seeded(0)))
     other = z_v + 1

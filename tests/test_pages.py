@@ -19,7 +19,7 @@ import pages
 import sample
 import train
 from toy import World, evaluate, shapes, words
-from univigu import Config, UniViGU, clock_grid, joint, path, understand, warp
+from univigu import Config, UniViGU, clock_grid, joint, path, understand
 
 pytestmark = pytest.mark.usefixtures("one_codec")
 
@@ -439,7 +439,7 @@ def test_uncertain_words_are_dashed_and_spoken_of(made, view):
         page.locator("#step").press("End" if step else "Home")
         dashed = [token.evaluate("t => getComputedStyle(t).borderTopStyle") == "dashed" for token in page.locator("#text-guess .token").all()]
         assert dashed == [sure < pages.UNSURE for sure in steps[step]["sure"]]
-        read = [word for word in steps[step]["text"]["guess"]]
+        read = list(steps[step]["text"]["guess"])
         spoken = " ".join(read[:read.index(None)] if None in read else read)
         assert page.get_attribute("#step", "aria-valuetext").endswith(f"The guess reads: {spoken}")
     assert any(sure < pages.UNSURE for step in steps for sure in step["sure"])
@@ -487,8 +487,8 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(scheme, made, run, view):
     backgrounds = set()
-    for path in (made / "joint.html", made / "understand.html", run / "report.html"):
-        page = view(path, color_scheme=scheme)
+    for file in (made / "joint.html", made / "understand.html", run / "report.html"):
+        page = view(file, color_scheme=scheme)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
         if "report" not in path.name:
             page.locator("#step").press("ArrowRight")

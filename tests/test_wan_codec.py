@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 for module in ("diffusers", "transformers", "ftfy"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
 
-import tokenizers  # noqa: E402
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline  # noqa: E402
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
-from tiny_wan import write_wan_folder  # noqa: E402
-from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: E402
+import tokenizers
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tiny_wan import write_wan_folder
+from transformers import AutoTokenizer, UMT5EncoderModel
 
-from wan import codec as module  # noqa: E402
-from wan.codec import Codec, PromptEncoder, Tokenizer, clean  # noqa: E402
+from wan import codec as module
+from wan.codec import Codec, PromptEncoder, Tokenizer, clean
 
 pytestmark = pytest.mark.slow
 
@@ -171,11 +171,11 @@ def test_autocast_around_it_changes_nothing(codec, encoder):
 
 def test_with_offload_a_module_comes_for_the_call_and_goes_after_it(wan, monkeypatch):
     codec, encoder = Codec(wan, offload=True), PromptEncoder(wan, offload=True)
-    for module, first, call in ((codec.vae, codec.vae.quant_conv, lambda: codec.encode(clip(1, 3, 1, 16, 16))),
+    for part, first, call in ((codec.vae, codec.vae.quant_conv, lambda: codec.encode(clip(1, 3, 1, 16, 16))),
                                 (codec.vae, codec.vae.post_quant_conv, lambda: codec.decode(torch.zeros(1, 16, 1, 2, 2))),
                                 (encoder.umt5, encoder.umt5.encoder, lambda: encoder(TEXTS))):
         log = []
-        monkeypatch.setattr(module, "to", lambda device: log.append(str(device)))
+        monkeypatch.setattr(part, "to", lambda device: log.append(str(device)))
         first.register_forward_hook(lambda *_: log.append("at work"))
         call()
         assert log == ["cpu", "at work", "cpu"]

@@ -19,15 +19,15 @@ import torch
 for module in ("diffusers", "transformers", "av", "ftfy"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
 
-import av  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_wan import write_wan_folder  # noqa: E402
+import av
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_wan import write_wan_folder
 
-from univigu import Config, UniViGU  # noqa: E402
-from wan import caption, data, prepare  # noqa: E402
-from wan.codec import Codec, PromptEncoder, Tokenizer  # noqa: E402
-from wan.data import Shards, World  # noqa: E402
+from univigu import Config, UniViGU
+from wan import caption, data, prepare
+from wan.codec import Codec, PromptEncoder, Tokenizer
+from wan.data import Shards, World
 
 pytestmark = pytest.mark.slow
 

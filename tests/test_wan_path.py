@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 for module in ("diffusers", "transformers", "av", "ftfy"):
     pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-wan.txt")
 
-import av  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from tiny_wan import fake_hub, write_clip, write_wan_folder  # noqa: E402
+import av
+import sample
+import train
+from tiny_wan import fake_hub, write_clip, write_wan_folder
 
-import wan  # noqa: E402
-from univigu import Config, UniViGU  # noqa: E402
-from wan import prepare  # noqa: E402
-from wan.weights import PUBLISHED, rename  # noqa: E402
+import wan
+from univigu import Config, UniViGU
+from wan import prepare
+from wan.weights import PUBLISHED, rename
 
 pytestmark = pytest.mark.slow
 

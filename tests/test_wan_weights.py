@@ -449,7 +449,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_in_one_error(folder
     ("diffusers", dict(cross_attn_norm=False), "cross_attn_norm False, wanted True"),
     ("diffusers", dict(image_dim=1280), "image_dim 1280"),
     ("diffusers", dict(added_kv_proj_dim=48), "added_kv_proj_dim 48"),
-    ("diffusers", dict(num_layers="three"), "wrong type"),
+    ("diffusers", dict(num_layers="three"), "num_layers is 'three'"),
     ("diffusers", dict(patch_size=2), "wrong type"),
     ("own", dict(temperature=1), "config.json has temperature: wanted fields of Config"),
 ])
