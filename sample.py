@@ -14,7 +14,7 @@ Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a fol
 
 import sys
 
-sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
+sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
 
 import argparse
 import contextlib

@@ -11,7 +11,7 @@ The stages are one loop with other values (see STAGES): what the text's target i
 
 import sys
 
-sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
+sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
 
 import argparse
 import copy

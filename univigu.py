@@ -99,7 +99,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted a finite number {'of at least' if name == 'gate_init' else 'above'} 0")
 
 
-_WAN = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
+_WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
     "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
     "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),

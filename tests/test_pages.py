@@ -490,10 +490,10 @@ def test_every_text_can_be_read(scheme, made, run, view):
     for file in (made / "joint.html", made / "understand.html", run / "report.html"):
         page = view(file, color_scheme=scheme)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-        if "report" not in path.name:
+        if "report" not in file.name:
             page.locator("#step").press("ArrowRight")
         ratio, text, texts = page.evaluate(CONTRAST)
-        assert ratio >= 4.5 and texts > 40, (path.name, ratio, text)
+        assert ratio >= 4.5 and texts > 40, (file.name, ratio, text)
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert page.evaluate("document.documentElement.lang") == "en" and page.title()
         assert page.evaluate("[...document.images].every(i => i.hasAttribute('alt') && i.complete && i.naturalWidth > 0)")

@@ -17,8 +17,9 @@ class World:
     """
 
     sampling = evaluation.SAMPLING
-    sizes = {}
-    state, shown = {"world": "toy"}, {}
+    sizes: dict = {}
+    shown: dict = {}
+    state = {"world": "toy"}
     fixed_size, fps, negative_prompt, endings = True, 8, "", (".gif", ".mp4", ".npy")  # what sample.py asks: the toy has one size
 
     def __init__(self, seed=0):

@@ -189,7 +189,8 @@ class World:
     evaluation has to show beside its results, see pages.write_report.
     """
 
-    shown, fixed_size, fps, negative_prompt, endings = {}, False, 16, NEGATIVE_PROMPT, (".mp4", ".mov", ".webm", ".gif")
+    shown: dict = {}
+    fixed_size, fps, negative_prompt, endings = False, 16, NEGATIVE_PROMPT, (".mp4", ".mov", ".webm", ".gif")
     sampling = {"understand": dict(steps=50, guidance=1.0, reuse_video=True), "generate": dict(steps=50, guidance=5.0, shift=3.0),
                 "joint": dict(steps=50, guidance=5.0, shift=3.0)}
 
