@@ -507,9 +507,9 @@ TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
 # Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
 # clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there (None: p_drop, so that
 # the text is read off the video, not copied from the prompt; elsewhere the prompt is part of the task, dropped for guidance only).
-MIXTURE = {"understand": (0.30, None),    # tau_v = 1, tau_t runs; only the text is learned
-           "generate": (0.20, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.40, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks
+MIXTURE = {"understand": (0.25, None),    # tau_v = 1, tau_t runs; only the text is learned
+           "generate": (0.40, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
+           "joint": (0.25, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks
            "independent": (0.10, None)}   # anywhere
 
 

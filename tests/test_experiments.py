@@ -37,7 +37,7 @@ def test_one_name_is_one_variant_and_budgets_are_equal(tmp_path):
     for variant in by_name.values():
         settings, *_ = train.parse(arguments(variant, 0, experiments.FULL, tmp_path))
         steps = sum(getattr(settings, f"{stage}_steps") for stage in settings.stages.split(","))
-        assert steps == {"generator": 1600, "scratch, long": 2300}.get(variant.name.rstrip(" 0123456789"), 700), variant.name
+        assert steps == {"generator": 800, "scratch, long": 1200}.get(variant.name.rstrip(" 0123456789"), 400), variant.name
 
 
 def test_every_check_reads_a_variant_of_its_experiment():

@@ -1,4 +1,4 @@
-"""README's generated tables match the code and the stored results. `python tests/test_readme.py` writes them anew."""
+"""README's generated tables match the code and the stored results. `python -m tests.test_readme` writes them anew."""
 
 import json
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from toy.experiments import EXPERIMENTS, FULL, finding, judge
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -56,12 +58,31 @@ def results():
     return "\n".join([*lines, "| minutes in all (training) | " + " | ".join(minutes) + " | | |"])
 
 
+def claims():
+    """The verdicts of toy.experiments that are stored, in its order: claim, finding, figure."""
+    stored = {r["name"]: r for r in (json.loads(path.read_text()) for path in (ROOT / "toy" / "results" / "experiments").glob("*.json"))}
+    lines = ["| claim | outcome: each check, and its gain over three seeds | figure |", "|---|---|---|"]
+    for name in (e.name for e in EXPERIMENTS if e.name in stored):
+        verdict, found = stored[name]["found"].split(": ", 1)
+        lines.append(f"| {stored[name]['claim']} | **{verdict}**: {found} | [{name}](toy/results/experiments/{name}.png) |")
+    return "\n".join(lines)
+
+
 def written(name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README.read_text(), re.S)[1].strip()
 
 
 def test_the_results_are_those_stored():
     assert written("results") == results()
+
+
+def test_the_claims_are_those_stored_and_judged_by_their_numbers():
+    assert written("claims") == claims()
+    for experiment in EXPERIMENTS:
+        stored = json.loads((ROOT / "toy" / "results" / "experiments" / f"{experiment.name}.json").read_text())
+        verdict, checks = judge(experiment.checks, stored["each seed"])
+        assert (stored["claim"], stored["verdict"], stored["checks"]) == (experiment.claim, verdict, checks) and len(stored["seeds"]) >= 3
+        assert stored["found"] == finding(verdict, checks) and stored["budget"] == vars(FULL)
 
 
 def test_the_map_of_files_is_right():
@@ -120,6 +141,6 @@ def test_the_idea_in_ten_lines_runs(tmp_path, monkeypatch, capsys, one_codec):
 
 if __name__ == "__main__":
     text = README.read_text()
-    for name, table in (("results", results()), ("files", files()), ("equations", equations())):
+    for name, table in (("results", results()), ("claims", claims()), ("files", files()), ("equations", equations())):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + table + "\n" + m[2], text, flags=re.S)
     README.write_text(text)
