@@ -1,6 +1,7 @@
 """toy/experiments.py: its variants are runs that train.py accepts, its verdicts follow from the numbers, and a call goes on where the last one stopped."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -110,6 +111,23 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
     monkeypatch.setattr(train, "run_stage", lambda *args: pytest.fail("it trained again"))
     experiments.main(argv)
     assert "training " not in capsys.readouterr().out
+
+
+def test_sigterm_ends_it_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "QUICK", TINY)
+    real, argv = train.run_stage, ["recall", "--quick", "--out", str(tmp_path)]
+
+    def terminated(stage, *args):
+        if stage == "refine":
+            signal.raise_signal(signal.SIGTERM)
+        return real(stage, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="same command goes on"):
+        patch.setattr(train, "run_stage", terminated)
+        experiments.main(argv)
+    assert {p.name for p in tmp_path.iterdir()} == {"generator", "base"} and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    experiments.main(argv)
+    assert (tmp_path / "recall.json").exists() and capsys.readouterr().out.count("training base") == 2
 
 
 @pytest.mark.slow

@@ -189,6 +189,8 @@ def trained(variant, seed, budget, out):
                 patch.object(train, "load", lambda source, config: (graft if source == settings.init else load)(source, config)):
             train.main(argv)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)               # train.py's own handler would wait for a step that never comes
+        if not (where / run.stages[-1]).exists():                   # it was asked to end, and saved
+            sys.exit("\ntoy.experiments: stopped; the same command goes on")
         print(f": {run.seconds():.0f} s", flush=True)
     return run
 
