@@ -848,60 +848,63 @@ def fail(error):
     sys.exit(1 if int(os.environ.get("RANK", 0)) else f"train.py: error: {said}")
 
 
-def main(argv=None):
-    train, config, flags = parse(argv)
-    try:
-        world = make_world(train.data, train.seed, train.vocabulary)
-        world.check(config)
-        if flags.dry_run:
-            return None if int(os.environ.get("RANK", 0)) else estimate(train, config, world)
-        machine = join_processes(train)
-        check_memory(train, config, machine)
-        last = checkpoints(train.out)[-1] if flags.resume else None
-        for part in Path(train.out).glob(".*.part") if machine.rank == 0 else ():
-            print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
-        source = last[1] if last else train.init
-        torch.manual_seed(train.seed)
-        if source:
-            check_source(source, world)
-        if train.eval_clips or train.val_every:
-            _ = world.tokenizer, world.codec                        # what an evaluation needs should be missed now, not at the end
-        world.dataset("train")
-        for place in (Path(train.out, name) for name in train.stages.split(",")):
-            if os.path.lexists(place) and not (place / "train.json").is_file():
-                raise ValueError(f"{place} is no checkpoint, but one would take its place: move it, or choose another --out")
-        model, done = load(source, config) if source else (UniViGU(config), {})
-        if not flags.resume and machine.rank == 0:
-            start_anew(train.out, flags.overwrite)                      # after all that may fail: it deletes an old run
-        if machine.rank == 0 and launch():
-            Path(train.out, LAUNCH).write_text(launch())
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+def prepare(train, config, world, resume, overwrite):
+    """Everything that may fail, before anything of an old run is lost. Returns machine, model, the checkpoint to go on from (step, folder) or
+    None, and what the checkpoint that the weights are from says of its run. Raises ValueError, OSError or ImportError."""
+    machine = join_processes(train)
+    check_memory(train, config, machine)
+    last = checkpoints(train.out)[-1] if resume else None
+    for part in Path(train.out).glob(".*.part") if machine.rank == 0 else ():
+        print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
+    source = last[1] if last else train.init
+    torch.manual_seed(train.seed)
+    if source:
+        check_source(source, world)
+    if train.eval_clips or train.val_every:
+        _ = world.tokenizer, world.codec                            # what an evaluation needs should be missed now, not at the end
+    world.dataset("train")
+    for place in (Path(train.out, name) for name in train.stages.split(",")):
+        if os.path.lexists(place) and not (place / "train.json").is_file():
+            raise ValueError(f"{place} is no checkpoint, but one would take its place: move it, or choose another --out")
+    model, done = load(source, config) if source else (UniViGU(config), {})
+    if not resume and machine.rank == 0:
+        start_anew(train.out, overwrite)
+    if machine.rank == 0 and launch():
+        Path(train.out, LAUNCH).write_text(launch())
+    return machine, model, last, done
+
+
+def introduce(train, config, machine, model):
+    """Prints what is about to run."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
+    how = f"{machine.ranks} processes, {chosen_parallel(parameters, train)}, " if machine.ranks > 1 else ""
+    print(f"{parameters:,} parameters on {how}{machine.device}, {'bf16 autocast' if machine.bf16 else 'fp32'}, {attention_kernel(config, machine)}, "
+          f"{'compiled' if machine.compile else 'eager'} blocks", flush=True)
+
+
+def run_stages(train, config, world, machine, model, last, done):
+    """Trains what is left of the stages, measures, and writes the report. Raises Stop when asked to end."""
     names, text_started = train.stages.split(","), done.get("stage") in ("recall", "refine")
     if STAGES[names[0]] and not text_started:
         model.start_text()
     if machine.rank == 0:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(json.dumps({**dataclasses.asdict(train), **dataclasses.asdict(config)}, indent=1))
-        how = f"{machine.ranks} processes, {chosen_parallel(parameters, train)}, " if machine.ranks > 1 else ""
-        print(f"{parameters:,} parameters on {how}{machine.device}, {'bf16 autocast' if machine.bf16 else 'fp32'}, {attention_kernel(config, machine)}, "
-              f"{'compiled' if machine.compile else 'eager'} blocks", flush=True)
+        introduce(train, config, machine, model)
     objective, saver = parallelise(model, train, machine), Saver(world, train, machine)
-
     signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "stopped", True))
     step, elapsed, skipped = [done[name] for name in ("step", "elapsed", "skipped")] if last else (0, 0.0, [])
     if agreed(machine, step) != -agreed(machine, -step):
-        fail(f"the processes found different checkpoints in {train.out}, the last one of step {agreed(machine, step):g}: wanted one folder for all")
+        raise ValueError(f"the processes found different checkpoints in {train.out}, the last one of step {agreed(machine, step):g}: wanted one folder for all")
     first, guard = 0, Guard(world, train, skipped)
     average = Average(model, train.ema) if train.ema else None
-    bar = tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True)
-    if step >= bar.total and machine.rank == 0:
-        print(f"{train.out} is at its last step, {step}: nothing is left to train")
-    try:
+    with tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True) as bar, \
+            preferred_attention(machine):
+        if step >= bar.total and machine.rank == 0:
+            print(f"{train.out} is at its last step, {step}: nothing is left to train")
         for name in ("metrics.jsonl", "validation.jsonl") if machine.rank == 0 else ():
             truncate(Path(train.out, name), step)
         agreed(machine, 0)
-        with preferred_attention(machine):
+        try:
             for stage in names:
                 end = first + getattr(train, f"{stage}_steps")
                 if step < end:
@@ -912,21 +915,33 @@ def main(argv=None):
                     resumed = last[1] if last and first < step else None
                     elapsed += run_stage(stage, objective, world, train, machine, saver, average, guard, first, max(first, step), resumed, elapsed, bar)
                 first = end
+        finally:
             saver.wait()
-            if train.eval_clips:
-                evaluate(objective, world, train, machine, average, train.eval_clips, elapsed, text_started)
-            if machine.rank == 0:
-                pages.write_report(train.out, world.shown, dataclasses.asdict(train) | dataclasses.asdict(config))
+        if train.eval_clips:
+            evaluate(objective, world, train, machine, average, train.eval_clips, elapsed, text_started)
+    if machine.rank == 0:
+        pages.write_report(train.out, world.shown, dataclasses.asdict(train) | dataclasses.asdict(config))
+
+
+def main(argv=None):
+    train, config, flags = parse(argv)
+    try:
+        world = make_world(train.data, train.seed, train.vocabulary)
+        world.check(config)
+        if flags.dry_run:
+            return None if int(os.environ.get("RANK", 0)) else estimate(train, config, world)
+        machine, model, last, done = prepare(train, config, world, flags.resume, flags.overwrite)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    try:
+        run_stages(train, config, world, machine, model, last, done)
     except Stop as stop:
-        saver.wait()
         if machine.rank == 0:
             print(stop)
     except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fail(error)
-    finally:
-        bar.close()
     if machine.ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
