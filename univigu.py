@@ -235,7 +235,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context, rope=None, memory=None):
         """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence.
-        memory: an empty list takes up the first stream's keys and values; they then stand before those of context."""
+        memory: an empty list takes up the keys and values of the first stream, or of all of context; they then stand before those of context."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
         q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
         if rope is not None:
@@ -244,7 +244,7 @@ class Attention(nn.Module):
         if memory:
             k, v = (torch.cat(pair, dim=2) for pair in zip(memory, (k, v)))
         elif memory is not None:
-            memory += [s[:, :, :sizes[0]] for s in (k, v)]
+            memory += [s[:, :, :sizes[0]] if rope else s for s in (k, v)]
         a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
         return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
 
@@ -264,17 +264,18 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, h, e, c, rope, memory=None):
-        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: see Attention."""
+        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: see Attention, one for each."""
+        of_video, of_prompt = memory or (None, None)
         sizes = [h_m.shape[1] for h_m in h]
         mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
         streams = range(len(h))
 
         x = join([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)     # [h_v; h_t] (B, n_v + N, dim)
-        a = self.self_attn(x, x, rope, memory).split(sizes, dim=1)                           # eq. 14
+        a = self.self_attn(x, x, rope, of_video).split(sizes, dim=1)                           # eq. 14
         h = [h[i] + gate[i] * a[i] for i in streams]
 
-        a = self.cross_attn(self.norm3(join(h, dim=1)), c).split(sizes, dim=1)          # eq. 4; both read the prompt; no gate, as Wan
+        a = self.cross_attn(self.norm3(join(h, dim=1)), c, memory=of_prompt).split(sizes, dim=1)  # eq. 4; both read the prompt; no gate, as Wan
         h = [h[i] + a[i] for i in streams]
 
         experts = (self.ffn, self.ffn_t)
@@ -392,8 +393,8 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
         z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
         z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None. In the
-        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: an empty list a block takes up what the
-        text reads of the video; a second call with it runs the text alone, and v_v is None. Raises ValueError on shapes that do not fit.
+        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: two empty lists a block take up what
+        the text reads of the video and of the prompt; a second call with it runs the text alone, and v_v is None. Raises ValueError on shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
         cfg, device = self.config, z_v.device
@@ -404,15 +405,16 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
         e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
         rope = [(*video_rope(grid, head_dim, device), "adjacent")]
-        remembered = bool(memory and memory[0])
-        if remembered:                                                                       # no video token is left to compute
-            h[0], rope[0] = h[0][:, :0], (*(angles[:0] for angles in rope[0][:2]), "adjacent")
+        c = F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1]))                                 # (B, L, prompt_dim); padding is seen, as in Wan
+        remembered = bool(memory and memory[0][0])
+        if remembered:                                                                       # no token of video or prompt is left to compute
+            h[0], rope[0], c = h[0][:, :0], (*(angles[:0] for angles in rope[0][:2]), "adjacent"), c[:, :0]
         if z_t is not None:
             h.append((self.text_in(z_t) if cfg.text_flow == "embedding" else self.token_embedding(z_t)).float())  # (B, N, dim)
             e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
             e6.append(self.time_projection_t(e[1]).unflatten(1, (6, -1)))
             rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
-        c = self.text_embedding(F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1])))            # (B, L, dim); padding is seen, as in Wan
+        c = self.text_embedding(c)                                                           # (B, L, dim)
 
         for i, block in enumerate(self.blocks):
             h = block(h, e6, c, rope, memory and memory[i])                                  # h_v, h_t
@@ -610,8 +612,8 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     """Video -> text: the video is clean (tau_v = 1) and only the text's clock runs (eq. 16).
 
     z_v (B, C, F, H, W) clean latents; c (B, <= L, prompt_dim) or None for no prompt; length N, shift: the model's own by
-    default. guidance contrasts with a video of pure noise. reuse_video: the video's keys and values are those of the first step, and the
-    others run the text's tokens alone. callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns y_hat (B, N) int64.
+    default. guidance contrasts with a video of pure noise. reuse_video: the keys and values of video and prompt are those of the first
+    step, and the others run the text's tokens alone. callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns y_hat (B, N) int64.
     """
     cfg, b = model.config, len(z_v)
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
@@ -619,7 +621,7 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     text_flow = TEXT_FLOWS[cfg.text_flow]
     z_t = text_flow.noise(model, z_v, length or cfg.text_len, generator)
     null = None if guidance == 1 else dict(z_v=noise_like(z_v, generator), tau_v=zero)
-    network = partial(model, memory=[[] for _ in model.blocks]) if reuse_video else model
+    network = partial(model, memory=[([], []) for _ in model.blocks]) if reuse_video else model
     grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
     for i, (tau, after) in enumerate(zip(grid, grid[1:])):
         _, v_t = velocities(network, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
