@@ -227,7 +227,7 @@ def test_defaults_are_those_of_the_world(mode, use, clips, work, monkeypatch):
     calls, real = [], getattr(sample, mode)
     monkeypatch.setattr(sample, mode, lambda *args, **kwargs: calls.append(kwargs) or real(*args, **kwargs))
     use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]))
-    assert {name: value for name, value in calls[0].items() if name in ("steps", "guidance", "shift", "reuse_video")} == World.sampling[mode]
+    assert {name: value for name, value in calls[0].items() if name in ("steps", "guidance", "shift", "text_shift", "reuse_video")} == World.sampling[mode]
     assert calls[0]["generator"].initial_seed() == 0
 
 

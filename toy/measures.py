@@ -76,9 +76,9 @@ def drawing_by_stage(run):
 
 
 def both(run, model=None, share=2, **sampling):
-    """joint() from prompts -> what its captions say and what its videos show, (B, 7) each."""
+    """joint() from prompts, on the line of the clocks that training walks -> what its captions say and what its videos show, (B, 7) each."""
     c = run.show(share=share)[0]["c"]
-    z_v, y_hat = joint(model or run.model, c, run.world.shape, generator=run.generator(), **SAMPLING["joint"] | sampling)
+    z_v, y_hat = joint(model or run.model, c, run.world.shape, generator=run.generator(), **SAMPLING["joint"] | {"text_shift": None} | sampling)
     return said(run.world.tokenizer.decode(y_hat)), run.look(z_v)
 
 
