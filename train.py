@@ -69,7 +69,7 @@ class Train:
     """Everything a run needs beside the model's Config; one flag a field."""
 
     preset: str = option("toy", f"sizes of the model: {', '.join(PRESETS)}")
-    recipe: str = option("default", "training choices of the text stages: 'default' (measured in the toy) or 'paper' (its clocks, output, loss and optimizer)")
+    recipe: str = option("default", "training choices of the toy's text stages: 'default' (measured) or 'paper' (its clocks, output, loss and optimizer), which real data always has")
     data: str = option("toy", "the world to learn: 'toy', moving shapes drawn on the fly, or a folder that `python -m wan.prepare` wrote")
     vocabulary: str = option("data", "of real data: the tokens that occur in the 'data', or 'full', all of umT5's, as the published weights need")
     out: str = option("runs/toy", "folder for checkpoints, metrics.jsonl, results.json and samples")
@@ -96,15 +96,15 @@ class Train:
     clip: float = option(1.0, "largest norm of the gradient")
     generator_clocks: str = option("logit-normal", "how stage generator draws its clock: 'logit-normal' or 'independent' (uniform)")
     clocks: str = option("mixture", "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)")
-    p_drop: float = option(0.7, "probability that a sample's prompt is dropped where text is learned")
+    p_drop: float = option(0.7, "probability that a sample's prompt is dropped in the text stages; with clocks 'mixture' not on the lines generate and joint, which have 0.1")
     anchor: float = option(0.1, "weight of the cross-entropy that keeps text latents on the embedding's rows")
     discrete_loss: str = option("cross-entropy", "loss of the text with text_flow 'discrete': 'cross-entropy' or 'generalised-kl'")
     lambda_t: float = option(0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|")
     device: str = option("auto", "'auto', 'cpu' or 'cuda'")
     precision: str = option("auto", "'fp32', 'bf16' autocast, or 'auto': bf16 on a GPU, fp32 on a CPU, where a small model's casts cost more than they save")
     compile: str = option("auto", "torch.compile of the blocks: 'yes', 'no', or 'auto': where a run is long enough to pay for it")
-    workers: int = option(0, "processes per GPU that prepare batches ahead")
-    max_skipped: int = option(10, "steps whose loss or gradient was not finite, and which are left out, before the run stops")
+    workers: int = option(0, "processes that prepare batches ahead, for each process that trains")
+    max_skipped: int = option(10, "steps that may be left out, because their gradient is not finite, before the run stops")
     ema: float = option(0.0, "decay of an exponential moving average of the weights, for example 0.999; kept in each checkpoint as ema/. 0 = none")
     time_limit: float = option(0.0, "minutes after which this call saves and ends, to be resumed; 0 = none")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
@@ -218,7 +218,8 @@ class Saver:
 
     def save(self, name, model, state, optimizers, meter, average):
         """Called by all processes; process 0 writes OUT/name. state: what train.json says beside the configuration."""
-        agreed(self.machine, bool(self.wait()))                     # the others wait too
+        self.wait()
+        wait_for_all(self.machine)
         if self.machine.ranks > 1:
             dist.all_reduce(meter.sums), dist.all_reduce(meter.loss)
         tensors = {"model.safetensors": get_model_state_dict(model, options=WHOLE)}
@@ -234,7 +235,7 @@ class Saver:
             self.pending = self.thread.submit(self.write, name, model.config, tensors, state, training)
         else:
             self.write(name, model.config, tensors, state, training)
-        agreed(self.machine, 0)                                     # nobody goes on before
+        wait_for_all(self.machine)
 
     def write(self, name, config, tensors, state, training):
         folder, part = Path(self.train.out, name), Path(self.train.out, f".{name}.part")
@@ -479,13 +480,17 @@ def held_back(objective, hold):
     return nullcontext()
 
 
-def agreed(machine, value):
+def largest(machine, value):
     """The largest of all processes' values."""
     if machine.ranks == 1:
         return value
     tensor = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def wait_for_all(machine):
+    largest(machine, 0)
 
 
 def micro_batches(dataset, train, machine, first, steps):
@@ -555,10 +560,10 @@ def run_stage(stage, objective, world, train, machine, saver, average, guard, fi
         bar.update()
 
         done, last = step + 1, step + 1 == first + steps
-        stop = agreed(machine, machine.stopped or 0 < train.time_limit * 60 < time.time() - machine.begin)
+        stop = largest(machine, machine.stopped or 0 < train.time_limit * 60 < time.time() - machine.begin)
         saves = done % train.save_every == 0 or last or stop
         if done % train.log_every == 0 or saves:
-            skipped, norm = guard.look(stage)                          # the only places where the loop waits for the device
+            skipped, norm = guard.check(stage)                          # the only places where the loop waits for the device
         if done % train.log_every == 0 or last:
             log.write({"step": done, "stage": stage, **meter.read(machine.ranks), "lr": optimizers[-1].param_groups[0]["lr"], "grad_norm": round(norm, 4),
                        "skipped": skipped})
@@ -587,7 +592,7 @@ class Guard:
             optimizer.step()
             optimizer.zero_grad()
 
-    def look(self, stage):
+    def check(self, stage):
         """How many steps of the run were left out, and the last norm. Raises FloatingPointError where they are too many."""
         found = dict(zip(self.norms, torch.stack(list(self.norms.values())).tolist()))
         self.norms = {}
@@ -893,8 +898,8 @@ def run_stages(train, config, world, machine, model, last, done):
     objective, saver = parallelise(model, train, machine), Saver(world, train, machine)
     signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "stopped", True))
     step, elapsed, skipped = [done[name] for name in ("step", "elapsed", "skipped")] if last else (0, 0.0, [])
-    if agreed(machine, step) != -agreed(machine, -step):
-        raise ValueError(f"the processes found different checkpoints in {train.out}, the last one of step {agreed(machine, step):g}: wanted one folder for all")
+    if largest(machine, step) != -largest(machine, -step):
+        raise ValueError(f"the processes found different checkpoints in {train.out}, the last one of step {largest(machine, step):g}: wanted one folder for all")
     first, guard = 0, Guard(world, train, skipped)
     average = Average(model, train.ema) if train.ema else None
     with tqdm(total=sum(getattr(train, f"{stage}_steps") for stage in names), initial=step, disable=None if machine.rank == 0 else True) as bar, \
@@ -903,7 +908,7 @@ def run_stages(train, config, world, machine, model, last, done):
             print(f"{train.out} is at its last step, {step}: nothing is left to train")
         for name in ("metrics.jsonl", "validation.jsonl") if machine.rank == 0 else ():
             truncate(Path(train.out, name), step)
-        agreed(machine, 0)
+        wait_for_all(machine)
         try:
             for stage in names:
                 end = first + getattr(train, f"{stage}_steps")

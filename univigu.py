@@ -23,7 +23,7 @@ Where we differ from the paper, or fill its silence:
     1. E's rows have unit RMS, as the video latents (the paper only says "align"); with embedding="literal", its free E, the loss is minimised by E -> 0.
     2. A small cross-entropy keeps predictions on E's rows; anchor=0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
-    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk; text_shift warps the text
+    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk by default; text_shift warps the text
        clock under any clocks. clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
     5. Text positions, text time embedder and text head are the published weights'; guidance, shift, initial gates: see README. The paper is silent.
     6. text_flow="discrete" is the published weights' text flow, not eq. 7-8.
@@ -235,7 +235,8 @@ class Attention(nn.Module):
 
     def forward(self, x, context, rope=None, memory=None):
         """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence.
-        memory: an empty list takes up the keys and values of the first stream, or of all of context; they then stand before those of context."""
+        memory: None, or a list. Empty: it is filled with the keys and values of the first stream (without rope: of all of context). Filled: they
+        are put before context's."""
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
         q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
         if rope is not None:
@@ -264,7 +265,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, h, e, c, rope, memory=None):
-        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: see Attention, one for each."""
+        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: two such lists,
+        for self-attention (the video's) and cross-attention (the prompt's), see Attention."""
         of_video, of_prompt = memory or (None, None)
         sizes = [h_m.shape[1] for h_m in h]
         mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
@@ -393,8 +395,8 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
         z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
         z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None. In the
-        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: two empty lists a block take up what
-        the text reads of the video and of the prompt; a second call with it runs the text alone, and v_v is None. Raises ValueError on shapes that do not fit.
+        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: for each block a
+        pair of empty lists, which get the keys and values of video and prompt; called again with it, only the text's tokens run, and v_v is None. Raises ValueError on shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
         cfg, device = self.config, z_v.device
@@ -493,7 +495,7 @@ class DiscreteFlow:
 
     @staticmethod
     def step(y_t, logits, tau, after, share=None, generator=None):
-        """A token is redrawn from the posterior with probability share; None: h kappa' / (1 - kappa), the Euler step of the path."""
+        """Each token is redrawn from the posterior with probability share; None: (after - tau) / (1 - tau), the path's own Euler step."""
         share = (after - tau) / (1 - tau) if share is None else share
         u, coin = torch.rand(2, *y_t.shape, generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64).to(y_t.device)
         cdf = logits.double().softmax(-1).cumsum(-1)                # (B, N, V)
@@ -511,7 +513,7 @@ TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
 # the text is read off the video, not copied from the prompt; elsewhere the prompt is part of the task, dropped for guidance only).
 MIXTURE = {"understand": (0.25, None),    # tau_v = 1, tau_t runs; only the text is learned
            "generate": (0.40, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.25, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks
+           "joint": (0.25, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks by default
            "independent": (0.10, None)}   # anywhere
 
 
@@ -523,7 +525,7 @@ def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
     on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has nothing to learn);
     keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch. p_drop in [0, 1]. Raises ValueError for another kind.
     """
-    r_v, r_t, coin, line = torch.rand(4, batch, generator=generator)
+    r_v, r_t, coin, r_line = torch.rand(4, batch, generator=generator)
     on = torch.ones(batch)
     if kind == "independent":
         return r_v, warp(r_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: ~ U(0, 1) at text_shift 1
@@ -532,7 +534,7 @@ def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
     if kind != "mixture":
         raise ValueError(f"clocks is {kind!r}, wanted 'independent', 'logit-normal' or 'mixture'")
     share = torch.tensor([s for s, _ in MIXTURE.values()]).cumsum(0)
-    line = torch.searchsorted(share, line).clamp(max=len(MIXTURE) - 1)
+    line = torch.searchsorted(share, r_line).clamp(max=len(MIXTURE) - 1)
     drop = torch.tensor([p_drop if p is None else p for _, p in MIXTURE.values()])[line]
     is_ = {name: line == i for i, name in enumerate(MIXTURE)}
     tau_t = warp(torch.where(is_["joint"], r_v, r_t), text_shift)
@@ -614,6 +616,7 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     z_v (B, C, F, H, W) clean latents; c (B, <= L, prompt_dim) or None for no prompt; length N, shift: the model's own by
     default. guidance contrasts with a video of pure noise. reuse_video: the keys and values of video and prompt are those of the first
     step, and the others run the text's tokens alone. callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns y_hat (B, N) int64.
+    Raises ValueError for steps < 1, shift <= 0, and shapes that do not fit.
     """
     cfg, b = model.config, len(z_v)
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
@@ -638,7 +641,7 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     y (B, N) int64 tokens, or None for the plain video generator, which reads c alone (eq. 3); c (B, <= L, prompt_dim);
     shape (C, F, H, W) of one latent. guidance contrasts with no prompt (c_null, zeros by default) and a text of pure noise,
     or, with keep_text, as the published weights do, the same clean text.
-    callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W).
+    callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W). Raises as understand does.
     """
     b = len(c)
     one, zero = torch.ones(b, device=c.device), torch.zeros(b, device=c.device)
@@ -662,7 +665,7 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
 
     c (B, <= L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the text's (default: shift times the model's own, which
     is eq. 18's one clock where that is 1). guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i,
-    tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N).
+    tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N). Raises as understand does.
     """
     cfg, b, n = model.config, len(c), length or model.config.text_len
     text_flow, zero = TEXT_FLOWS[cfg.text_flow], torch.zeros(b, device=c.device)

@@ -15,7 +15,7 @@ from univigu import Config, UniViGU
 
 pytestmark = pytest.mark.usefixtures("one_codec")
 
-TINY = Budget(generator=2, recall=2, refine=2, clips=4, flags="--dim 24 --text-dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 16 --freq-dim 16 --batch 4 "
+TINY = Budget(generator=2, recall=2, refine=2, clips=4, default=(2, 2, 2), flags="--dim 24 --text-dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 16 --freq-dim 16 --batch 4 "
               "--warmup 1 --compile no --device cpu --precision fp32")
 VARIANTS = {(e.name, v.name): v for e in EXPERIMENTS for v in e.variants}
 
@@ -38,7 +38,7 @@ def test_one_name_is_one_variant_and_budgets_are_equal(tmp_path):
     for variant in by_name.values():
         settings, *_ = train.parse(arguments(variant, 0, experiments.FULL, tmp_path))
         steps = sum(getattr(settings, f"{stage}_steps") for stage in settings.stages.split(","))
-        assert steps == {"generator": 800, "scratch, long": 1200}.get(variant.name.rstrip(" 0123456789"), 400), variant.name
+        assert steps == {"generator": 800, "scratch, long": 1200, "default": sum(experiments.FULL.default)}.get(variant.name.rstrip(" 0123456789"), 400), variant.name
 
 
 def test_every_check_reads_a_variant_of_its_experiment():

@@ -14,7 +14,7 @@ from univigu import generate, joint, understand, uni_flow_loss
 from . import oracle, shapes, words
 
 # How each mode samples unless told otherwise; sample.py uses the same. In joint() the text's clock runs ahead, and the video follows it: they
-# agree more so than on the line that training walks (README, costs and differences).
+# agree more so than on the line that training walks (README, what differs).
 SAMPLING = {"understand": dict(steps=16, guidance=1.0, reuse_video=True), "generate": dict(steps=12, guidance=3.0),
             "joint": dict(steps=24, guidance=3.0, text_shift=0.1)}
 ALL = tuple(shapes.ATTRIBUTES)

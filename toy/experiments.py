@@ -4,9 +4,9 @@
     python -m toy.experiments pretraining recall       some of them
     python -m toy.experiments --quick                  one seed, a fifth of the steps: does it run, not is it so
 
-A variant is a run of train.py (folder <out>/<variant>/seed<k>) that differs from the variant "base", the default recipe shortened, in one thing. All
-text stages start from one generator per seed, unless that is the question. An experiment writes <out>/<name>.json and <name>.png. What was found is
-computed, never written here: see Check. A claim is supported where all its checks hold, not supported where none does, else mixed.
+A variant is a run of train.py (folder <out>/<variant>/seed<k>) that differs from the variant "base", the default recipe shortened, in one thing;
+the variant "default" is not shortened. All text stages start from one generator per seed, unless that is the question. An experiment writes
+<out>/<name>.json and <name>.png. What was found is computed, never written here: see Check. A claim is supported where all its checks hold, not supported where none does, else mixed.
 """
 
 import argparse
@@ -46,21 +46,24 @@ MAIN = ("read", "read all", "drawn", "agreement", "prompt followed")            
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run of a pass gets: steps a stage, clips an evaluation, other flags of train.py."""
+    """What every run of a pass gets: steps a stage, clips an evaluation, other flags of train.py. default: steps of the run that is not shortened."""
 
     generator: int
     recall: int
     refine: int
     clips: int
+    default: tuple[int, int, int]
     flags: str = ""
 
     def fill(self, flags):
-        """Step counts into flags: {text} is both text stages together, {whole} the generator and refine."""
-        return flags.format(recall=self.recall, text=self.recall + self.refine, whole=self.generator + self.refine)
+        """Step counts into flags: {text} is both text stages together, {whole} the generator and refine; {default}: all stages, not shortened."""
+        default = " ".join(["--stages generator,recall,refine", *(f"--{stage}-steps {steps}" for stage, steps in zip(train.STAGES, self.default))])
+        return flags.format(recall=self.recall, text=self.recall + self.refine, whole=self.generator + self.refine, default=default)
 
 
-FULL = Budget(generator=800, recall=100, refine=300, clips=256)
-QUICK = Budget(generator=160, recall=20, refine=60, clips=64)
+FULL = Budget(generator=800, recall=100, refine=300, clips=256,
+              default=(train.Train.generator_steps, train.Train.recall_steps, train.Train.refine_steps))
+QUICK = Budget(generator=160, recall=20, refine=60, clips=64, default=(320, 40, 520))
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,7 @@ GENERATOR = Variant("generator", "--stages generator")
 variant = partial(Variant, start=GENERATOR)
 CHECKPOINTS = "--save-every {recall} --keep 99"
 BASE = variant("base", CHECKPOINTS)
+DEFAULT = Variant("default", "{default}")                           # as `python train.py`
 
 DROP = {p: variant(f"p {p:g}", f"--p-drop {p}", lines()) for p in (0.0, 0.1, 0.5, 0.9, 1.0)}
 LAMBDA = {x: variant(f"lambda_t {x:g}", f"--lambda-t {x}") for x in (0.3, 1.0, 10.0)}
@@ -435,23 +439,23 @@ EXPERIMENTS = (
         "Text flows over continuous token embeddings, by their velocity (section 3.1, eq. 7-8); the published weights move discrete tokens instead. "
         "So embeddings lose nothing against tokens, nor velocity against predicting the data point (base), and few steps suffice.",
         "The discrete flow or the x1 output reads better, or many steps are needed.",
-        (BASE, variant("discrete", "--text-flow discrete"), variant("velocity", "--text-output velocity"), *TOKEN.values()),
+        (BASE, DEFAULT, variant("discrete", "--text-flow discrete"), variant("velocity", "--text-output velocity"), *TOKEN.values()),
         (reading, reading_in_steps, drawing),
         (Check("embeddings read as well as discrete tokens", "base: read", "discrete: read", -MARGIN),
          Check("the velocity output reads as well as x1", "velocity: read", "base: read", -MARGIN),
-         Check("8 steps read as well as 64", "base: read in @ 8", "base: read in @ 64", -MARGIN),
-         Check("the video computed once, it reads as well", "base: video reused, read in @ 64", "base: read in @ 64", -0.005, ours=True)),
+         Check("8 steps read as well as 64", "default: read in @ 8", "default: read in @ 64", -MARGIN),
+         Check("the video computed once, it reads as well", "default: video reused, read in @ 64", "default: read in @ 64", -0.005, ours=True)),
         (curve("steps of the sampler", "read in", "video reused, read in", log=True), across("width d of a token", {v.name: d for d, v in TOKEN.items()} | {"base": 64}, "read", "read all", "drawn"))),
     Experiment(
         "coevolution",
         "Drawn together, the two streams co-evolve and mutually sharpen each other into a coherent pair (section 3.3, eq. 18). "
         "So they agree more than streams that do not see each other, on what the prompt leaves open, and each follows a change of the other.",
         "Apart they agree as well; or exchanging one stream for another clip's leaves the other as it was.",
-        (BASE,),
+        (DEFAULT,),
         (agreement, coevolution),
-        (Check("together they agree more than apart", "base: agreement at @ 1.00", "base: agreement, apart"),
-         Check("agreement grows along tau", "base: agreement at @ 1.00", "base: agreement at @ 0.17"),
-         *(Check(f"the {stream} follows an exchange of the other at tau {tau}", f"base: {stream} follows @ {tau}", f"base: {stream} stranger @ {tau}")
+        (Check("together they agree more than apart", "default: agreement at @ 1.00", "default: agreement, apart"),
+         Check("agreement grows along tau", "default: agreement at @ 1.00", "default: agreement at @ 0.17"),
+         *(Check(f"the {stream} follows an exchange of the other at tau {tau}", f"default: {stream} follows @ {tau}", f"default: {stream} stranger @ {tau}")
            for stream in ("video", "text") for tau in TAUS[:2])),
         (curve("tau", "agreement at"), curve("tau of the exchange", *(f"{stream} {who}" for stream in ("video", "text") for who in ("follows", "stranger"))))),
     Experiment(
@@ -459,14 +463,14 @@ EXPERIMENTS = (
         "Refinement makes the model attend to the video instead of relying on the prompt: attributes, spatial relations, temporal dynamics (section 3.3). "
         "So captions need no prompt, resist a wrong one, see motion, and hold for combinations never shown.",
         "A wrong prompt is believed; direction is read as well from shuffled frames; unseen combinations are read worse.",
-        (BASE,),
+        (DEFAULT,),
         (reading_by_prompt, reading_frames),
-        (Check("without a prompt it reads as with it", "base: no prompt", "base: right prompt", -MARGIN),
-         Check("with a wrong prompt it reads as without", "base: wrong prompt", "base: no prompt", -MARGIN),
-         Check("shuffled frames cost the direction", "base: direction, in order", "base: direction, shuffled", 0.2),
-         Check("they leave the colour", "base: colour, shuffled", "base: direction, shuffled", 0.2),
-         Check("backwards, the opposite direction is read", "base: direction turned, backwards", 0.5),
-         Check("unseen combinations are read as well", "base: no prompt unseen", "base: no prompt", -MARGIN)),
+        (Check("without a prompt it reads as with it", "default: no prompt", "default: right prompt", -MARGIN),
+         Check("with a wrong prompt it reads as without", "default: wrong prompt", "default: no prompt", -MARGIN),
+         Check("shuffled frames cost the direction", "default: direction, in order", "default: direction, shuffled", 0.2),
+         Check("they leave the colour", "default: colour, shuffled", "default: direction, shuffled", 0.2),
+         Check("backwards, the opposite direction is read", "default: direction turned, backwards", 0.5),
+         Check("unseen combinations are read as well", "default: no prompt unseen", "default: no prompt", -MARGIN)),
         (bars("right prompt", "no prompt", "wrong prompt", "wrong prompt copied", "no prompt unseen"),
          bars(*(f"{name}, {order}" for name in ("direction", "speed", "colour") for order in ("in order", "shuffled")), "direction turned, backwards"))),
     Experiment(
