@@ -81,7 +81,7 @@ class Train:
     parallel: str = option("auto", "with torchrun: 'ddp', a copy of everything in each process; 'fsdp', parameters and states in shards; 'auto': by the model's size")
     shard_within: int = option(0, "with fsdp: processes that share one copy, for example those of a node; the groups then work as ddp. 0 = all of them")
     recompute: str = option("none", "activations: 'none' are recomputed in the backward pass; 'keep-attention', all but attention's outputs; 'full', all")
-    generator_steps: int = option(1600, "steps of stage generator")
+    generator_steps: int = option(800, "steps of stage generator")
     recall_steps: int = option(200, "steps of stage recall")
     refine_steps: int = option(2600, "steps of stage refine")
     generator_lr: float = option(0.02, "peak learning rate of stage generator")

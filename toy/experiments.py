@@ -63,7 +63,7 @@ class Budget:
 
 FULL = Budget(generator=800, recall=100, refine=300, clips=256,
               default=(train.Train.generator_steps, train.Train.recall_steps, train.Train.refine_steps))
-QUICK = Budget(generator=160, recall=20, refine=60, clips=64, default=(320, 40, 520))
+QUICK = Budget(generator=160, recall=20, refine=60, clips=64, default=(160, 40, 520))
 
 
 @dataclass(frozen=True)
