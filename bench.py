@@ -9,12 +9,15 @@ Times are medians of interleaved runs. A training step is forward, backward and 
 against the GPU's dense bf16 peak. The weights are random: only the speed is asked for.
 """
 
+import sys
+
+sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)  # Ctrl-C ends quietly, also in the imports
+
 import argparse
 import dataclasses
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -38,9 +41,9 @@ def diffusers_model(config, device):
                                  num_layers=config.num_layers, patch_size=config.patch_size, rope_max_seq_len=1024).to(device)
 
 
-def contestants(config, latent, flags, device):
+def contestants(config, flags, device):
     """name -> (forward function, parameters, text tokens): ours for video alone, ours with text, diffusers' for video alone."""
-    z_v, c = torch.randn(flags.batch, *latent, device=device), torch.randn(flags.batch, config.prompt_len, config.prompt_dim, device=device)
+    z_v, c = torch.randn(flags.batch, *flags.latent, device=device), torch.randn(flags.batch, config.prompt_len, config.prompt_dim, device=device)
     tau, y = torch.full((flags.batch,), 0.5, device=device), torch.zeros(flags.batch, config.text_len, dtype=torch.int64, device=device)
     ours, theirs = UniViGU(config), diffusers_model(config, device)
     options = SimpleNamespace(recompute=flags.recompute, parallel="ddp")
@@ -53,7 +56,7 @@ def contestants(config, latent, flags, device):
 
     found["video + text"] = (both, list(ours.parameters()), config.text_len)
     if theirs:
-        if flags.recompute == "full":
+        if flags.recompute != "none":                               # it has no choice of what is kept
             theirs.enable_gradient_checkpointing()
         if flags.compile:
             for block in theirs.blocks:
@@ -63,7 +66,7 @@ def contestants(config, latent, flags, device):
 
 
 def measure(step, device):
-    """Seconds of one call, and the GB of GPU memory (0 on a CPU) that it took for a time, beside weights and Adam's moments: those of all contestants lie there."""
+    """Seconds of one call, and the most GB of GPU memory that it took beyond what lay there before, weights and Adam's moments of all contestants; 0 on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +92,7 @@ def understanding(config, flags, device):
 def steps(config, flags, device):
     """"name, kind" -> seconds, FLOPs and GB of a training and a denoising step of each contestant."""
     tried, n_v = {}, video_tokens(config, flags)
-    for name, (forward, parameters, n_t) in contestants(config, flags.latent, flags, device).items():
+    for name, (forward, parameters, n_t) in contestants(config, flags, device).items():
         optimizer = torch.optim.Adam(parameters, lr=1e-5, fused=True)
 
         def training(forward=forward, optimizer=optimizer):
@@ -148,6 +151,8 @@ def main(argv=None):
     parser.add_argument("--out", help="file.json that gets the figures, too")
     argv = sys.argv[1:] if argv is None else argv
     flags = parser.parse_args(argv)
+    if flags.understand and (flags.compile or flags.recompute != "none"):
+        parser.error("--understand times the model as it samples, found --compile or --recompute: leave them out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flags.bf16 = flags.precision == "bf16" or flags.precision == "auto" and device.type == "cuda"
     given = {name: value for name, value in vars(flags).items() if value is not None and name in {f.name for f in dataclasses.fields(PRESETS["toy"])}}

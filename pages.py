@@ -27,13 +27,20 @@ def write(path, page):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(page, encoding="utf-8")
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def to_pixels(frames):
+    """frames (3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8 numpy."""
+    return rearrange(frames.detach().float().cpu(), "rgb t h w -> t h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+
+
 def sheet(frames, columns, gap=0):
     """frames (3, T, H, W) in [-1, 1] -> all of them in one picture, `columns` a row, as a data URI. Lossless, unless they were wider than WIDTH."""
-    pixels = rearrange(frames.detach().float().cpu(), "rgb t h w -> t h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    pixels = to_pixels(frames)
     (t, h, w), large = pixels.shape[:3], pixels.shape[2] > WIDTH
     h, w = (max(1, round(h * WIDTH / w)), WIDTH) if large else (h, w)
     picture = Image.new("RGB", (columns * (w + gap) - gap, math.ceil(t / columns) * (h + gap) - gap), "steelblue")
@@ -83,11 +90,9 @@ def report(metrics, results, shown, configuration):
     about = [("steps", metrics[-1]["step"])] if metrics else []
     about += [("minutes", f"{results['wall_s'] / 60:.1f} in all, {results['train_s'] / 60:.1f} of them training")] if "wall_s" in results else []
     about += [("clips evaluated", results["clips"])] if "clips" in results else []
-    loss = results.get("loss", {})
-    losses = loss if loss and all(isinstance(column, dict) for column in loss.values()) else {results.get("split", "loss"): loss} if loss else {}
     accuracy = shown.get("accuracy", [])
     return TEMPLATES.get_template("report").render(
-        title=f"Uni-ViGU: {configuration.get('data')}, seed {configuration.get('seed')}", about=about, configuration=configuration, accuracy=accuracy, losses=losses,
+        title=f"Uni-ViGU: {configuration.get('data')}, seed {configuration.get('seed')}", about=about, configuration=configuration, accuracy=accuracy, losses=results.get("loss", {}),
         curves=[curve(stage, list(lines)) for stage, lines in groupby(metrics, lambda line: line["stage"])],
         attributes=list(dict.fromkeys(name for row in accuracy for name in row["each"])), held_out=results.get("split") != "train",
         confusions=[confusion(name, *counted) for name, counted in shown.get("confusion", {}).items()],
@@ -215,7 +220,7 @@ td { vertical-align: top; } td img { width: 110px; max-width: none; }
 </div>
 <p>Both modalities go from noise (τ = 0) to data (τ = 1), each on its own clock, drawn as a point in the square of both. At each step the network sees
 both states and says where each one is heading: that is its guess, z + (1 − τ) v, here before guidance.
-<span class="token changed">word</span> changed since the step before (underlined).
+<span class="token changed">word</span> changed since the step shown before (underlined).
 <span class="token unsure">word</span> uncertain (dashed): softmax over the embedding's rows gives it under half of what it gives an exact row, or, in the
 discrete flow, under half. <span class="token end">end</span> ends the text; what comes after it is small, and · is padding.</p>
 <details><summary>All steps</summary><div class="scroll"><table><thead><tr><th scope="col">step</th><th scope="col">τ video</th><th scope="col">τ text</th>

@@ -9,7 +9,7 @@
     python sample.py joint --prompt "a red circle moving right" --trajectory          also joint.html, a page with what happens at each step
 
 A checkpoint is a folder that train.py wrote, or, of the real world, Wan2.1 or the published Uni-ViGU, as a path or hub id (see wan/weights.py).
-Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a folder of PNG frames.
+Videos, in and out: .gif, .mp4, .npy (frames, rows, columns, 3; uint8), or a folder of PNG frames; in alone, on real weights: .mov, .webm.
 """
 
 import sys
@@ -36,6 +36,7 @@ from PIL import GifImagePlugin, Image
 import pages
 import wan
 from univigu import Config, UniViGU, generate, joint, understand
+from wan.weights import one_line
 
 FORMATS = (".gif", ".mp4", ".npy", "")
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # where VAE, umT5 and tokenizer come from where a checkpoint has none
@@ -98,11 +99,6 @@ def decode(path):
                 yield frame.to_ndarray(format="rgb24")
 
 
-def one_line(error):
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def check_out(path):
     """Raises ValueError where a video cannot be written, before it is made."""
     path = Path(path)
@@ -129,7 +125,7 @@ def check_folder(path, flag="--out"):
 def write_video(path, frames, fps=8):
     """frames (1, 3, T, H, W) in [-1, 1] -> a file of the kind its ending names, complete or not there at all."""
     path = Path(path)
-    pixels = rearrange(frames[0], "rgb t h w -> t h w rgb").add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    pixels = pages.to_pixels(frames[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     remove(part)
@@ -351,8 +347,7 @@ def describe(flags, make_model, world, shape, size, options, work):
         row = {"video": video.name, "caption": caption}
         print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out:
-            Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-            Path(flags.out).write_text(caption + "\n", encoding="utf-8") if flags.video else append(flags.out, row)
+            pages.write(flags.out, caption + "\n") if flags.video else append(flags.out, row)
         if flags.trajectory:
             write_page(flags, world, options, steps, row)
     if model is None and not (flags.out and Path(flags.out).exists()):
@@ -434,8 +429,9 @@ def read_rows(path, *names):
 
 
 def append(path, row):
-    """Adds a row to a JSONL file, unless it is there, in the place of a last line that was cut short."""
+    """Adds a row to a JSONL file (made with its folder), unless it is there, in the place of a last line that was cut short."""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         file.seek(0)
         text = file.read()
@@ -490,20 +486,20 @@ def watched(flags, sampler, model, *args, **options):
 
 
 def moment(model, z_v, z_t, tau_v, tau_t, v_v=None, v_t=None):
-    """What is shown of a moment, of its first sample alone (the others are guidance's): clocks, z_v and the guess x_v (1, C, up to LATENTS, H, W), and, of the text,
-    the state's tokens y (N,), the guess's tokens x_t (N,) and how certain each of these is, in [0, 1]."""
+    """What is shown of a moment, of its first sample alone (the others are guidance's): clocks, z_v and the guess z_v1_hat (1, C, up to LATENTS, H, W), and, of the text,
+    the state's tokens y (N,), the guess's tokens y_hat (N,) and how certain each of these is, in [0, 1]."""
     ahead = lambda z, tau, v: z[:1] if v is None else z[:1] + (1 - tau) * v[:1]
-    found = dict(tau_v=tau_v, tau_t=tau_t if z_t is not None else None, z_v=z_v[:1, :, :LATENTS].cpu(), x_v=ahead(z_v, tau_v, v_v)[:, :, :LATENTS].cpu())
+    found = dict(tau_v=tau_v, tau_t=tau_t if z_t is not None else None, z_v=z_v[:1, :, :LATENTS].cpu(), z_v1_hat=ahead(z_v, tau_v, v_v)[:, :, :LATENTS].cpu())
     if z_t is None:
         return found
     if model.config.text_flow == "discrete":
-        sure, x_t = (torch.ones(z_t[:1].shape), z_t[:1]) if v_t is None else v_t[:1].float().softmax(-1).max(-1)
+        sure, y_hat = (torch.ones(z_t[:1].shape), z_t[:1]) if v_t is None else v_t[:1].float().softmax(-1).max(-1)
     else:
         E = model.embedding_matrix()
         most = lambda z: (z @ E.T / E.shape[1] ** 0.5).softmax(-1).max(-1)
-        sure, x_t = most(ahead(z_t, tau_t, v_t).float())
-        sure = sure / most(E[x_t]).values                           # an exact row's own softmax is under 1, the more so the larger the vocabulary
-    return found | dict(y=model.decode(z_t[:1])[0].cpu(), x_t=x_t[0].cpu(), sure=[round(s, 3) for s in sure[0].clamp(max=1).tolist()])
+        sure, y_hat = most(ahead(z_t, tau_t, v_t).float())
+        sure = sure / most(E[y_hat]).values                           # an exact row's own softmax is under 1, the more so the larger the vocabulary
+    return found | dict(y=model.decode(z_t[:1])[0].cpu(), y_hat=y_hat[0].cpu(), sure=[round(s, 3) for s in sure[0].clamp(max=1).tolist()])
 
 
 def write_page(flags, world, options, steps, row):
@@ -515,11 +511,11 @@ def write_page(flags, world, options, steps, row):
         step = steps[i]
         entry = {"step": i, "tau_v": step["tau_v"], "tau_t": step["tau_t"], "video": {} if moving else {"given": still}, "text": {}}
         if moving:
-            entry["video"] = {"guess": draw(step["x_v"])} | ({"state": draw(step["z_v"])} if world.fixed_size else {})          # Wan's VAE takes its time
+            entry["video"] = {"guess": draw(step["z_v1_hat"])} | ({"state": draw(step["z_v"])} if world.fixed_size else {})          # Wan's VAE takes its time
         if "y" in step and flags.mode == "generate":
             entry["text"] = {"given": tokens(world, step["y"])}
         elif "y" in step:
-            entry |= {"text": {"guess": tokens(world, step["x_t"]), "state": tokens(world, step["y"])}, "sure": step["sure"]}
+            entry |= {"text": {"guess": tokens(world, step["y_hat"]), "state": tokens(world, step["y"])}, "sure": step["sure"]}
         entries.append(entry)
     sampler = ", ".join([*(f"{name} {value:g}" for name, value in options.items()), f"seed {flags.seed}"])
     about = [*row.items(), ("checkpoint", flags.checkpoint), ("sampler", sampler)]

@@ -6,7 +6,7 @@
     python train.py --stages recall,refine --init runs/toy/generator --out runs/again
     torchrun --nproc-per-node 8 train.py --data data/clips --init Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out runs/wan      a node; --dry-run first
 
-The stages are one loop with other values (see STAGES): what the text's target is, how many steps, which optimizer.
+The stages are one loop with other values: the text's target (STAGES), and --STAGE-steps, --STAGE-lr and --STAGE-optimizer.
 """
 
 import sys
@@ -122,11 +122,11 @@ class Train:
 def make_optimizers(model, kind, lr, adam_lr, text=True):
     """Adam with the paper's betas; with kind "muon", the matrices of the blocks go to Muon and only the rest to Adam. text: the text stream too."""
     trained = {name: p for name, p in model.named_parameters() if text or not model.is_text(name)}
-    matrices = {name for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2} if kind == "muon" else set()
+    matrices = {name: p for name, p in trained.items() if kind == "muon" and name.startswith("blocks.") and p.ndim == 2}
     rest = [p for name, p in trained.items() if name not in matrices]
     optimizers = [torch.optim.Adam(rest, lr=adam_lr if matrices else lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon([trained[name] for name in trained if name in matrices], lr=lr, weight_decay=0.0))
+        optimizers.append(Muon(list(matrices.values()), lr=lr, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -249,9 +249,11 @@ class Saver:
                 for text, values in texts.items():
                     (part / file).with_name(text).write_text(json.dumps(values, indent=1))
             torch.save(training, part / "training_state.pt")
-        except Exception as error:  # on a full disk, safetensors and torch.save have errors of their own
+        except BaseException as error:  # on a full disk, safetensors and torch.save have errors of their own
             free = shutil.disk_usage(self.train.out).free
             shutil.rmtree(part, ignore_errors=True)
+            if not isinstance(error, Exception):                    # Ctrl-C
+                raise
             raise OSError(f"checkpoint {folder} cannot be written ({free:,} bytes were free): {one_line(error)}") from None
         os.sync()                                                   # before the name says that it is complete
         shutil.rmtree(folder, ignore_errors=True)
@@ -279,7 +281,7 @@ def restore(folder, model, optimizers, meter, average, machine):
 def load(folder, config):
     """A checkpoint folder -> its model and what train.json says, if it has one. Raises ValueError unless the model is config's."""
     if wan.is_wan(folder):
-        return wan.load(folder, **dataclasses.asdict(config)), {"stage": "recall"}               # it starts a text stream that is new
+        return wan.load(folder, **dataclasses.asdict(config)), {"stage": "recall"}               # its text stream is started already
     folder = Path(folder)
     for name in ("model.safetensors", "config.json"):
         if not (folder / name).is_file():
@@ -317,7 +319,7 @@ def checkpoints(out):
     return sorted(found)
 
 
-LAUNCH = ".launch"
+LAUNCH = ".launch"                                                  # file in OUT: which call of torchrun began the run, see launch()
 
 
 def launch():
@@ -333,6 +335,8 @@ def start_anew(out, overwrite):
     old = checkpoints(out)
     if old and not overwrite:
         raise ValueError(f"{out} holds a run at step {old[-1][0]}: add --resume to go on, --overwrite to start anew, or choose another --out")
+    if foreign := [name for name in ("results.json", "report.html") if not old and not overwrite and Path(out, name).exists()]:
+        raise ValueError(f"{out} has a {foreign[0]}, but no checkpoint, and a run would write over it: add --overwrite, or choose another --out")
     for _, folder in old:
         shutil.rmtree(folder)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -347,7 +351,9 @@ def truncate(path, step):
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{path} has a line that is not of a run's log, wanted a JSON object with its step: mend or remove the file") from None
-        path.write_text("".join(lines))
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(lines))
+        part.replace(path)                                          # a kill leaves it whole
 
 
 # ---------------------------------------------------------------- the machine, and the processes of torchrun
@@ -532,7 +538,7 @@ def run_stage(stage, objective, world, train, machine, saver, average, guard, fi
     model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
     steps, text, device = getattr(train, f"{stage}_steps"), STAGES[stage], machine.device
     optimizers = make_optimizers(model, getattr(train, f"{stage}_optimizer"), getattr(train, f"{stage}_lr"), train.adam_lr, text is not None)
-    meter, log, begin = Meter(device), Log(train, machine, bar, elapsed), time.time()
+    meter, log, begin = Meter(device), Log(train, machine, bar, start, elapsed), time.time()
     if resumed:
         restore(resumed, model, optimizers, meter, average, machine)
     options = dict(p_drop=train.p_drop if text else 0.1, clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None,
@@ -636,11 +642,11 @@ def evaluate(objective, world, train, machine, average, clips, elapsed, has_text
 class Log:
     """Writes the lines of metrics.jsonl, with what the clock on the wall says."""
 
-    def __init__(self, train, machine, bar, elapsed):
+    def __init__(self, train, machine, bar, start, elapsed):
         self.train, self.machine, self.bar, self.elapsed = train, machine, bar, elapsed
         self.begin = self.last = time.time()
         self.tokens = self.flops = 0
-        self.step, self.waited, self.track = bar.n, 0.0, tracker(train) if machine.rank == 0 else None
+        self.step, self.waited, self.track = start, 0.0, tracker(train) if machine.rank == 0 else None
 
     @contextmanager
     def waiting(self):
@@ -712,10 +718,11 @@ def report(bar, line):
 # ---------------------------------------------------------------- flags
 
 def parse(argv):
-    """Flags -> (Train, Config, the flags' namespace). Preset, then recipe, then flags; on --resume, the checkpoint's own values."""
+    """Flags -> (Train, Config, the flags' namespace). Preset (or the config of --init, where that is a Wan or the data are real), the data's sizes, recipe,
+    the real data's defaults, flags: later ones win. On --resume, the checkpoint's own values."""
     parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [--flag value ...]      --help lists the flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"train.py: error: {' '.join(message.split())}\n")
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {one_line(message)}\n")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its configuration")
     which.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a run")
@@ -723,7 +730,8 @@ def parse(argv):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
             kind = integers if f.name == "patch_size" else f.type
-            default = "" if cls is Config else f" (default: {f.default})" if f.default != "" else ""
+            real = f"; real data: {REAL[f.name]}" if f.name in REAL else ""
+            default = "" if cls is Config or f.default == "" else f" (default: {f.default}{real})"
             group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=f.name.upper(),
                                help=(f.metadata["help"] + default).replace("%", "%%"))
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and days, load nothing and write nothing")
@@ -793,6 +801,8 @@ def check(train):
                               track=("none", "tensorboard", "wandb"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
         if getattr(train, name) not in allowed:
             raise ValueError(f"{name} is {getattr(train, name)!r}, wanted one of {', '.join(allowed)}")
+    if not train.out:
+        raise ValueError("out is '', wanted a folder")
     if train.track != "none" and not importlib.util.find_spec(train.track):
         raise ValueError(f"track is {train.track!r}, which is not installed: pip install {train.track}")
     names = train.stages.split(",")

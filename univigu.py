@@ -23,7 +23,7 @@ Where we differ from the paper, or fill its silence:
     1. E's rows have unit RMS, as the video latents (the paper only says "align"); with embedding="literal", its free E, the loss is minimised by E -> 0.
     2. A small cross-entropy keeps predictions on E's rows; anchor=0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
-    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers walk by default; text_shift warps the text
+    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers' own defaults walk; text_shift warps the text
        clock under any clocks. clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
     5. Text positions, text time embedder and text head are the published weights'; guidance, shift, initial gates: see README. The paper is silent.
     6. text_flow="discrete" is the published weights' text flow, not eq. 7-8.

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -53,7 +54,7 @@ def refused(tmp_path, monkeypatch, capsys):
     def call(tool, argv, words, breaks=None, leaves=()):
         if breaks:
             breaks(tmp_path)
-        before = snapshot(tmp_path)
+        before, most = snapshot(tmp_path), peak()
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             mains()[tool]([str(word) for word in argv])
@@ -65,8 +66,14 @@ def refused(tmp_path, monkeypatch, capsys):
         assert all(word in text for word in words.split()), text
         before, after = ({name: value for name, value in files.items() if name not in leaves} for files in (before, snapshot(tmp_path)))
         assert after == before, "something was changed, lost or left behind"
+        assert peak() < most + 2**30, "memory was taken because a file claims so"
 
     return call
+
+
+def peak():
+    """The most bytes of memory that this process ever had (on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def mains():
@@ -303,7 +310,8 @@ def test_generate_with_bad_prompts_and_flags(flags, words, run, refused, tmp_pat
     ("--out file/below", "file/below Not a directory"),
     ("--out loop", "loop File exists"),
     ("--out notes", "notes/recall is no checkpoint"),
-    ("--out results", "results/results.json"),
+    ("--out results", "results results.json no checkpoint --overwrite"),
+    ("--out=", "out '' wanted"),
     ("--init file", "file model.safetensors wanted"),
     ("--init run/recall/model.safetensors", "run/recall/model.safetensors wanted folder"),
     ("--data empty", "'empty' wanted 'toy' manifest.json"),
@@ -312,7 +320,7 @@ def test_generate_with_bad_prompts_and_flags(flags, words, run, refused, tmp_pat
 def test_train_with_bad_flags(flags, words, run, refused, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     write("run/.launch", "another call of torchrun")(tmp_path), write("half/.generator.part/train.json", {"step": 2})(tmp_path), write("file", "mine")(tmp_path)
-    write("notes/recall/notes.txt", "mine")(tmp_path), as_folder("results/results.json")(tmp_path), as_loop("loop")(tmp_path), (tmp_path / "empty").mkdir()
+    write("notes/recall/notes.txt", "mine")(tmp_path), write("results/results.json", "mine")(tmp_path), as_loop("loop")(tmp_path), (tmp_path / "empty").mkdir()
     refused("train.py", [*TINY, "--out", "o", *flags.split()], words)
 
 
@@ -364,9 +372,11 @@ def test_resume_mends_a_log_that_was_cut_in_a_line(run, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["recal"], "experiment 'recal' wanted one of recall"), (["--seeds", "²"], "seeds '²' wanted integers"),
     (["--seeds", "1,1"], "seeds '1,1' wanted different"),
-    (["--seeds", ""], "seeds '' wanted"), (["--quik"], "--quik"), (["recall", "--fps", "0"], "--fps 0"),
+    (["--seeds", ""], "seeds '' wanted"), (["--seeds", "99999999999"], "seeds '99999999999' wanted 1000000000"), (["--out", "file"], "out file wanted a folder"),
+    (["--quik"], "--quik"), (["recall", "--fps", "0"], "--fps 0"),
 ])
-def test_experiments_with_bad_flags(argv, words, refused):
+def test_experiments_with_bad_flags(argv, words, refused, tmp_path):
+    write("file", "mine")(tmp_path)
     refused("toy.experiments", argv, words)
 
 
@@ -614,11 +624,14 @@ def bound():
 @pytest.mark.parametrize("tool, argv, words", [
     ("train.py", [*TINY, "--out", "locked"], "out is locked, wanted a folder that can be written to"),
     ("sample.py", ["generate", "--prompt", PROMPT, "--out", "locked/o.gif"], "--out locked/o.gif cannot be written Permission denied"),
+    ("toy.experiments", ["recall", "--out", "locked"], "out is locked, wanted a folder that can be written to"),
+    ("wan.prepare", ["--videos", ".", "--index", ROOT / "README.md", "--out", "locked/o"], "--out locked/o: locked is a folder without write permission"),
+    ("wan.caption", ["--videos", ".", "--index", ROOT / "README.md", "--model", "none", "--out", "locked/o.jsonl"], "--out locked is a folder without write permission"),
 ])
 def test_a_folder_without_write_permission_is_refused(tool, argv, words, run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     argv += ["--checkpoint", run / "refine"] * (tool == "sample.py")
-    output, errors = (process := start([ROOT / tool], *argv, cwd=tmp_path, first=bound)).communicate(timeout=120)
+    output, errors = (process := start([ROOT / tool] if tool.endswith(".py") else ["-m", tool], *argv, cwd=tmp_path, first=bound)).communicate(timeout=120)
     assert process.returncode == 1 and output == "" and errors.count("\n") == 1 and errors.startswith(f"{tool}: error: "), errors
     assert all(word in errors for word in words.split()) and list(snapshot(tmp_path)) == ["locked"], errors
 

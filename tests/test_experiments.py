@@ -35,10 +35,12 @@ def test_one_name_is_one_variant_and_budgets_are_equal(tmp_path):
     by_name = {}
     for variant in VARIANTS.values():
         assert by_name.setdefault(variant.name, variant) == variant
+    assert not by_name.keys() & {e.name for e in EXPERIMENTS}       # both are folders
     for variant in by_name.values():
         settings, *_ = train.parse(arguments(variant, 0, experiments.FULL, tmp_path))
         steps = sum(getattr(settings, f"{stage}_steps") for stage in settings.stages.split(","))
-        assert steps == {"generator": 800, "scratch, long": 1200, "default": sum(experiments.FULL.default)}.get(variant.name.rstrip(" 0123456789"), 400), variant.name
+        name = variant.name.split(", ")[0] if variant.name.startswith("whole") else variant.name.rstrip(" 0123456789")
+        assert steps == {"generator": 800, "scratch, long": 1200, "default": sum(experiments.FULL.default), "whole": sum(experiments.FULL.default[1:])}.get(name, 400), variant.name
 
 
 def test_every_check_reads_a_variant_of_its_experiment():
@@ -100,17 +102,22 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
     argv = ["experts", "survival", "--quick", "--out", str(tmp_path)]
     experiments.main(argv)
     for name in ("experts", "survival"):
-        results = json.loads((tmp_path / f"{name}.json").read_text())
+        results = json.loads((tmp_path / name / "results.json").read_text())
         assert results["verdict"] in ("supported", "mixed", "not supported") and results["seeds"] == [0]
         assert results["mean and spread"]["base"]["drawn"] == [results["each seed"][0]["base"]["drawn"], 0.0]
-        assert 0 < (tmp_path / f"{name}.png").stat().st_size < 60_000
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"generator", "base", "shared FFN", "narrow FFN_t", "no video loss"}
+        assert 0 < (tmp_path / name / "figure.png").stat().st_size < 60_000
+    assert {p.parent.name for p in tmp_path.glob("*/seed0")} == {"generator", "base", "shared FFN", "narrow FFN_t", "no video loss"}
     told = capsys.readouterr().out
     assert told.count("training ") == 5
 
     monkeypatch.setattr(train, "run_stage", lambda *args: pytest.fail("it trained again"))
     experiments.main(argv)
     assert "training " not in capsys.readouterr().out
+    for name in ("measured.json", "metrics.jsonl"):
+        (tmp_path / "base" / "seed0" / name).write_text("")
+        with pytest.raises(SystemExit, match=rf"^toy.experiments: error: .*base/seed0/{name}"):
+            experiments.main(argv)
+        (tmp_path / "base" / "seed0" / "measured.json").unlink(missing_ok=True)
 
 
 def test_sigterm_ends_it_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
@@ -127,7 +134,7 @@ def test_sigterm_ends_it_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys
         experiments.main(argv)
     assert {p.name for p in tmp_path.iterdir()} == {"generator", "base"} and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     experiments.main(argv)
-    assert (tmp_path / "recall.json").exists() and capsys.readouterr().out.count("training base") == 2
+    assert (tmp_path / "recall" / "results.json").exists() and capsys.readouterr().out.count("training base") == 2
 
 
 @pytest.mark.slow
@@ -146,4 +153,4 @@ def test_all_experiments_end_to_end_and_a_stopped_one_goes_on(tmp_path, monkeypa
         experiments.main(argv)
     assert (tmp_path / "base" / "seed3" / "recall").exists() and not (tmp_path / "base" / "seed3" / "refine").exists()
     experiments.main(argv)
-    assert {p.stem for p in tmp_path.glob("*.json")} == {p.stem for p in tmp_path.glob("*.png")} == {e.name for e in EXPERIMENTS}
+    assert {p.parent.name for p in tmp_path.glob("*/results.json")} == {p.parent.name for p in tmp_path.glob("*/figure.png")} == {e.name for e in EXPERIMENTS}

@@ -63,8 +63,6 @@ def frames_in(uri, t=9, side=(24, 24)):
     return np.stack([picture[i // 3 * (h + 1):, i % 3 * (w + 1):][:h, :w] for i in range(t)])
 
 
-
-
 def states(folder):
     """The states after each step of joint with the flags of `made`, from its own callback: [(tau_v, tau_t, frames (9, 24, 24, 3) uint8, words)]."""
     world, model, found = World(), UniViGU.from_pretrained(folder / "refine").eval(), []
@@ -86,8 +84,8 @@ def test_a_page_has_every_step_with_the_samplers_clocks_and_ends_with_its_output
     page = data(made / f"{mode}.html")
     steps, last = page["steps"], page["steps"][-1]
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
-    one, even, late = [1.0] * (STEPS + 1), clock_grid(STEPS, 1).tolist(), clock_grid(STEPS, 4.0).tolist()
-    clocks = {"understand": (one, late), "generate": (even, one), "joint": (even, late)}[mode]
+    one, even, late, early = [1.0] * (STEPS + 1), *(clock_grid(STEPS, shift).tolist() for shift in (1, 4.0, World.sampling["joint"]["text_shift"]))
+    clocks = {"understand": (one, late), "generate": (even, one), "joint": (even, early)}[mode]
     assert [step["tau_v"] for step in steps] == pytest.approx(clocks[0]) and [step["tau_t"] for step in steps] == pytest.approx(clocks[1])
     assert set(last["video"]) == ({"given"} if mode == "understand" else {"guess", "state"})
     assert set(last["text"]) == ({"given"} if mode == "generate" else {"guess", "state"})
@@ -132,8 +130,8 @@ def test_the_guess_is_the_data_that_the_velocity_points_at(made, monkeypatch):
     for guidance in (1.0, 3.0):
         out, steps = sample.watched(flags(), joint, model, batch["c"], world.shape, steps=4, guidance=guidance, generator=torch.Generator().manual_seed(0))
         for step in steps[:-1]:
-            torch.testing.assert_close(step["x_v"], z_v1, atol=1e-4, rtol=1e-4)
-            assert step["x_t"].equal(batch["caption"][0]) and min(step["sure"]) > 0.999
+            torch.testing.assert_close(step["z_v1_hat"], z_v1, atol=1e-4, rtol=1e-4)
+            assert step["y_hat"].equal(batch["caption"][0]) and min(step["sure"]) > 0.999
         first, second = steps[0], steps[1]
         assert not first["y"].equal(batch["caption"][0]) and (first["tau_v"], first["tau_t"]) == (0, 0)
         if guidance == 1:
@@ -148,25 +146,25 @@ def test_certainty_is_one_on_a_row_and_little_between_rows(made):
     found = sample.moment(model, torch.zeros(1, 24, 3, 4, 4), z_t, 1.0, 1.0)
     logits = z_t[0, 1] @ E.T / 24**0.5
     exact = (E @ E.T / 24**0.5).softmax(-1).diagonal()
-    assert found["sure"][0] == found["sure"][3] == 1 and found["x_t"][0] == 5
-    assert found["sure"][1] == pytest.approx((logits.softmax(-1).max() / exact[found["x_t"][1]]).item(), abs=1e-3) and 0 < found["sure"][1] < 1
-    assert found["sure"][2] == pytest.approx((1 / 34 / exact[found["x_t"][2]]).item(), abs=1e-3) and found["sure"][2] < pages.UNSURE
+    assert found["sure"][0] == found["sure"][3] == 1 and found["y_hat"][0] == 5
+    assert found["sure"][1] == pytest.approx((logits.softmax(-1).max() / exact[found["y_hat"][1]]).item(), abs=1e-3) and 0 < found["sure"][1] < 1
+    assert found["sure"][2] == pytest.approx((1 / 34 / exact[found["y_hat"][2]]).item(), abs=1e-3) and found["sure"][2] < pages.UNSURE
 
 
 def test_the_discrete_flow_shows_tokens_and_what_its_logits_say(made):
     model = UniViGU.from_pretrained(made / "discrete").eval()
     y, logits = torch.randint(34, (1, 16)), torch.randn(1, 16, 34)
     found = sample.moment(model, torch.zeros(1, 24, 3, 4, 4), y, 0.2, 0.3, torch.zeros(1, 24, 3, 4, 4), logits)
-    assert found["y"].equal(y[0]) and found["x_t"].equal(logits[0].argmax(-1))
+    assert found["y"].equal(y[0]) and found["y_hat"].equal(logits[0].argmax(-1))
     assert found["sure"] == pytest.approx(logits[0].softmax(-1).max(-1).values.tolist(), abs=1e-3)
     (_, y_hat), steps = sample.watched(flags(), joint, model, torch.zeros(1, 16, 64), World().shape, steps=3, generator=torch.Generator().manual_seed(0))
-    assert len(steps) == 3 + 2 and steps[-1]["x_t"].equal(y_hat[0]) and steps[-2]["x_t"].equal(steps[-2]["y"])          # the end, and joint's last look at it
+    assert len(steps) == 3 + 2 and steps[-1]["y_hat"].equal(y_hat[0]) and steps[-2]["y_hat"].equal(steps[-2]["y"])          # the end, and joint's last look at it
 
 
 def test_a_text_that_reuses_the_videos_keys_is_watched_too(made):
     model, z_v = UniViGU.from_pretrained(made / "refine").eval(), World().dataset("seen").__getitems__([0])["z_v"]
     y_hat, steps = sample.watched(flags(), understand, model, z_v, steps=3, reuse_video=True, generator=torch.Generator().manual_seed(0))
-    assert len(steps) == 4 and steps[-1]["y"].equal(y_hat[0]) and all(step["x_v"].equal(z_v) for step in steps)
+    assert len(steps) == 4 and steps[-1]["y"].equal(y_hat[0]) and all(step["z_v1_hat"].equal(z_v) for step in steps)
 
 
 def test_watching_changes_nothing_and_a_generator_has_no_text(made, tmp_path, monkeypatch, capsys):
@@ -199,7 +197,7 @@ def test_text_cannot_break_out(tmp_path):
     steps = [dict(step=i, tau_v=1.0, tau_t=float(i), video={"given": frames}, text={"guess": [EVIL, None], "state": [EVIL, "·"]}, sure=[0.2, 1]) for i in range(2)]
     pages.write(tmp_path / "a.html", pages.trajectory(EVIL, EVIL, [(EVIL, EVIL)], steps))
     gallery = [dict(mode=EVIL, right=None, frames=frames, lines=[(EVIL, EVIL)])]
-    pages.write(tmp_path / "b.html", pages.report([], {"loss": {EVIL: 1.0}}, {"gallery": gallery}, {EVIL: EVIL, "data": EVIL}))
+    pages.write(tmp_path / "b.html", pages.report([], {"loss": {EVIL: {EVIL: 1.0}}}, {"gallery": gallery}, {EVIL: EVIL, "data": EVIL}))
     for name, wanted in (("a.html", 1), ("b.html", 0)):
         text = (tmp_path / name).read_text()
         assert "<b id" not in text and "&lt;/script&gt;&lt;b id=evil&gt;" in text and text.count("</script>") == wanted + 1

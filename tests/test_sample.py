@@ -508,9 +508,11 @@ def test_memory_that_runs_out_is_one_line_and_other_faults_are_not_hidden(use, r
     assert files(work) == []
 
 
-def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(work):
+@pytest.mark.parametrize("command", ["sample.py", "train.py", "bench.py", "-m toy.experiments", "-m wan.prepare", "-m wan.caption"])
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(command, work):
     (work / "torch.py").write_text("raise KeyboardInterrupt")
-    end = subprocess.run([sys.executable, sample.__file__], env=os.environ | {"PYTHONPATH": str(work)}, capture_output=True, text=True)
+    root = Path(sample.__file__).parent
+    end = subprocess.run([sys.executable, *command.split()], cwd=root, env=os.environ | {"PYTHONPATH": str(work)}, capture_output=True, text=True)
     assert end.returncode not in (0, 1) and end.stderr == end.stdout == ""
 
 

@@ -430,6 +430,7 @@ def test_the_figures_of_a_run_are_its_losses(monkeypatch, tmp_path):
         window = losses[begin:line["step"]]
         assert line["loss"] == pytest.approx(sum(window) / len(window), abs=1e-5)
         assert (line["text"] is None) == (line["stage"] == "generator")
+        assert line["tokens_per_s"] / line["samples_per_s"] == pytest.approx(48 + 16 * (line["stage"] != "generator"), rel=0.01)       # both rates are of the same steps
         begin = line["step"]
 
 

@@ -670,9 +670,9 @@ def test_evaluation_is_the_same_twice(has_text, whole, tmp_path, capsys, monkeyp
     results = [world.evaluate(model, tmp_path, 3, 5.0, has_text) for _ in range(2)]
     assert results[0]["loss"] == results[1]["loss"] and results[0]["captions"] == results[1]["captions"]
     assert json.loads((tmp_path / "results.json").read_text())["loss"] == results[1]["loss"]
-    assert results[0]["clips"] == 3 and results[0]["split"] == "train" and all(math.isfinite(value) for value in results[0]["loss"].values())
+    assert results[0]["clips"] == 3 and results[0]["split"] == "train" and all(math.isfinite(value) for value in results[0]["loss"]["train"].values())
     names = [f"{name} ({target})" for target in ("prompt", "caption") for name in ("video", "text", "anchor")] if has_text else ["video"]
-    assert list(results[0]["loss"]) == names and len(results[0]["captions"]) == 2 * has_text
+    assert list(results[0]["loss"]["train"]) == names and len(results[0]["captions"]) == 2 * has_text
     assert {f.stem for f in tmp_path.glob("*.mp4")} == ({"generate", "joint"} if has_text else {"generate"})
     if has_text:
         assert results[0]["captions"][0]["wanted"].startswith(CAPTION)

@@ -88,7 +88,7 @@ def test_the_run_uses_the_papers_settings_and_the_vocabulary_of_the_data(path):
     manifest, world = (json.loads((path / name).read_text()) for name in ("data/manifest.json", "run/refine/world.json"))
     assert config["vocab_size"] == len(manifest["vocabulary"]) == len(world["vocabulary"]) < 60
     results = json.loads((path / "run" / "results.json").read_text())
-    assert results["clips"] == 3 and results["loss"]["video (caption)"] > 0 and len(results["captions"]) == 2
+    assert results["clips"] == 3 and results["loss"]["train"]["video (caption)"] > 0 and len(results["captions"]) == 2
     assert isinstance(results["joint"], str) and all(len(frames_of(path / "run" / f"{mode}.mp4")[0]) == 9 for mode in ("generate", "joint"))
 
 

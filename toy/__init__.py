@@ -1,5 +1,10 @@
 """The toy world: moving shapes, their words, a fixed codec, and an oracle that reads videos back."""
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # as a command; Ctrl-C ends it quietly, also in the imports
+    sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
+
 from torch.utils.data import Dataset
 
 from . import shapes, words

@@ -34,7 +34,7 @@ def cosines(n):
 
 
 def basis(channels, frames):
-    """The named vectors over a cell of so many frames: (C, 3, frames, 3, 3) float32, orthonormal; axes (c, rgb, t, y, x)."""
+    """The named vectors over a cell of so many frames: (C, 3, frames, 6, 6) float32, orthonormal; axes (c, rgb, t, y, x)."""
     vectors = []
     for name in channels:
         colour = torch.tensor(COLOUR_AXES[name[0]]).float()

@@ -34,7 +34,7 @@ def score(found, wanted, names=ALL):
     return round(sum(right[name] for name in names) / len(names), 4), {name: round(value, 4) for name, value in right.items()}
 
 
-def sample_split(model, world, split, clips, seed, has_text, sampling=SAMPLING):
+def sample_split(model, world, split, clips, seed, has_text):
     """Runs the modes over clips 0 .. clips - 1 of a split; returns a dict of everything they gave, in order."""
     found, device = {}, next(model.parameters()).device
 
@@ -47,11 +47,11 @@ def sample_split(model, world, split, clips, seed, has_text, sampling=SAMPLING):
         indices = range(first, min(first + BATCH, clips))
         batch, truth = {name: x.to(device) for name, x in dataset.__getitems__(indices).items()}, dataset.clips(indices).attributes
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        drawn = generate(model, batch["caption"] if has_text else None, batch["c"], world.shape, generator=generator, **sampling["generate"])
+        drawn = generate(model, batch["caption"] if has_text else None, batch["c"], world.shape, generator=generator, **SAMPLING["generate"])
         keep(truth=truth, prompts=words.brief(truth), wanted=words.detailed(truth), drawn=world.codec.decode(drawn.cpu()))
         if has_text:
-            y_hat = understand(model, batch["z_v"], generator=generator, **sampling["understand"])
-            z_v, y_joint = joint(model, batch["c"], world.shape, generator=generator, **sampling["joint"])
+            y_hat = understand(model, batch["z_v"], generator=generator, **SAMPLING["understand"])
+            z_v, y_joint = joint(model, batch["c"], world.shape, generator=generator, **SAMPLING["joint"])
             keep(frames=world.codec.decode(batch["z_v"].cpu()), captions=world.tokenizer.decode(y_hat.cpu()),
                  joint_frames=world.codec.decode(z_v.cpu()), joint_captions=world.tokenizer.decode(y_joint.cpu()))
     return found
@@ -200,7 +200,8 @@ def evaluate(model, world, out, clips, seed, elapsed, has_text):
             world.shown = {"gallery": gallery(found, pairs)} | ({"confusion": confusion(*pairs["understanding.attribute_accuracy"][:2])} if has_text else {})
     world.shown["accuracy"] = figures(results)
     results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json.part").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json.part").replace(out / "results.json")
     print(table(results))
     print(f"{results['wall_s'] / 60:.1f} minutes in all, {results['train_s'] / 60:.1f} of them training; pictures: {out}/samples.png, {out}/*.gif")
     return results

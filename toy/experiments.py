@@ -5,13 +5,14 @@
     python -m toy.experiments --quick                  one seed, a fifth of the steps: does it run, not is it so
 
 A variant is a run of train.py (folder <out>/<variant>/seed<k>) that differs from the variant "base", the default recipe shortened, in one thing;
-the variant "default" is not shortened. All text stages start from one generator per seed, unless that is the question. An experiment writes
-<out>/<name>.json and <name>.png. What was found is computed, never written here: see Check. A claim is supported where all its checks hold, not supported where none does, else mixed.
+"default" and those named "whole" are not shortened. All text stages start from one generator per seed, unless that is the question. An experiment writes
+<out>/<name>/results.json and figure.png. What was found is computed, never written here: see Check. A claim is supported where all its checks hold, not supported where none does, else mixed.
 """
 
 import argparse
 import io
 import json
+import os
 import signal
 import statistics
 import sys
@@ -56,9 +57,11 @@ class Budget:
     flags: str = ""
 
     def fill(self, flags):
-        """Step counts into flags: {text} is both text stages together, {whole} the generator and refine; {default}: all stages, not shortened."""
-        default = " ".join(["--stages generator,recall,refine", *(f"--{stage}-steps {steps}" for stage, steps in zip(train.STAGES, self.default))])
-        return flags.format(recall=self.recall, text=self.recall + self.refine, whole=self.generator + self.refine, default=default)
+        """Step counts into flags: {text} is both text stages together, {long_refine} refine and the generator; of the run that is not shortened, {default}
+        are all stages and their steps, {default_steps} the steps alone, {default_text} how many both text stages have together."""
+        steps = " ".join(f"--{stage}-steps {steps}" for stage, steps in zip(train.STAGES, self.default))
+        return flags.format(recall=self.recall, text=self.recall + self.refine, long_refine=self.generator + self.refine, default=f"--stages generator,recall,refine {steps}",
+                            default_steps=steps, default_text=sum(self.default[1:]))
 
 
 FULL = Budget(generator=800, recall=100, refine=300, clips=256,
@@ -238,13 +241,17 @@ class Run:
         return oracle.read(self.world.codec.decode(z_v))
 
     def seconds(self):
-        """Of training."""
-        return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["wall_s"]
+        """Of training. Raises ValueError where the run's log does not say."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            return float(json.loads(path.read_text().splitlines()[-1])["wall_s"])
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ValueError(f"{path} has no last line with wall_s, wanted the log of a run: remove {self.folder}, and it is trained anew") from None
 
     def measure(self, measures):
         """All the numbers of some measures. They are kept beside the checkpoints, since experiments share runs."""
         path = self.folder / "measured.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = train.read_json(path) if path.exists() else {}
         keys = {f"{function.__name__}, {self.clips} clips": function for function in measures}
         for key in keys.keys() - known:
             known[key] = {name: round(float(value), 5) for name, value in keys[key](self).items()}
@@ -326,15 +333,15 @@ class Experiment:
 
 
 GENERATOR = Variant("generator", "--stages generator")
-variant = partial(Variant, start=GENERATOR)
+from_generator = partial(Variant, start=GENERATOR)
 CHECKPOINTS = "--save-every {recall} --keep 99"
-BASE = variant("base", CHECKPOINTS)
+BASE = from_generator("base", CHECKPOINTS)
 DEFAULT = Variant("default", "{default}")                           # as `python train.py`
 
-DROP = {p: variant(f"p {p:g}", f"--p-drop {p}", lines()) for p in (0.0, 0.1, 0.5, 0.9, 1.0)}
-LAMBDA = {x: variant(f"lambda_t {x:g}", f"--lambda-t {x}") for x in (0.3, 1.0, 10.0)}
-TOKEN = {d: variant(f"d {d}", f"--text-dim {d}") for d in (8, 16, 32)}
-CLIPS = {n: variant(f"{n} clips", patch=repeated(n)) for n in (256, 1024, 4096)}
+DROP = {p: from_generator(f"p {p:g}", f"--p-drop {p}", lines()) for p in (0.0, 0.1, 0.5, 0.9, 1.0)}
+LAMBDA = {x: from_generator(f"lambda_t {x:g}", f"--lambda-t {x}") for x in (0.3, 1.0, 10.0)}
+TOKEN = {d: from_generator(f"d {d}", f"--text-dim {d}") for d in (8, 16, 32)}
+CLIPS = {n: from_generator(f"{n} clips", patch=repeated(n)) for n in (256, 1024, 4096)}
 SIZES = {w: f"--dim {w} --ffn-dim {4 * w} --text-ffn-dim {4 * w}" for w in (32, 48, 96)}
 WIDTH = {w: Variant(f"width {w}", flags, start=Variant(f"generator {w}", f"--stages generator {flags}")) for w, flags in SIZES.items()}
 
@@ -344,7 +351,7 @@ EXPERIMENTS = (
         "What a generator knows of text and video can be repurposed for understanding, which becomes easier to learn (sections 1 and 3.2). "
         "So text stages that start from the generator read better than the same stages from scratch.",
         "The network from scratch reads as well after as many text steps, or after as many steps in all, the generator's counted.",
-        (BASE, Variant("scratch", CHECKPOINTS), Variant("scratch, long", f"{CHECKPOINTS} --refine-steps {{whole}}")),
+        (BASE, Variant("scratch", CHECKPOINTS), Variant("scratch, long", f"{CHECKPOINTS} --refine-steps {{long_refine}}")),
         (reading, reading_by_step),
         (Check("better than from scratch after as many text steps", "base: read", "scratch: read"),
          Check("better than from scratch after as many steps in all", "base: read", "scratch, long: read")),
@@ -354,7 +361,7 @@ EXPERIMENTS = (
         "Knowledge Recall, which has the model write the prompt first, rapidly adapts it to the joint flow at minimal cost (section 3.3). "
         "So recall and refine read better than refine alone for as many steps.",
         "Refine alone reads as well.",
-        (BASE, variant("no recall", f"{CHECKPOINTS} --stages refine --refine-steps {{text}}")),
+        (BASE, from_generator("no recall", f"{CHECKPOINTS} --stages refine --refine-steps {{text}}")),
         (reading, reading_by_step, drawing),
         (Check("recall and refine read better", "base: read", "no recall: read"),
          Check("and draw no worse", "base: drawn", "no recall: drawn", -MARGIN)),
@@ -376,7 +383,7 @@ EXPERIMENTS = (
         "Attention carries what the modalities share, the FFNs what each needs alone (section 3.2). "
         "So a text expert of its own, however light, beats one shared FFN, and protects generation.",
         "A shared FFN reads and draws as well, or a narrow text expert reads worse.",
-        (GENERATOR, BASE, variant("shared FFN", patch=model_of(SharedFFN)), variant("narrow FFN_t", "--text-ffn-dim 32")),
+        (GENERATOR, BASE, from_generator("shared FFN", patch=model_of(SharedFFN)), from_generator("narrow FFN_t", "--text-ffn-dim 32")),
         (reading, drawing),
         (Check("separate experts read better", "base: read", "shared FFN: read"),
          Check("separate experts draw better", "base: drawn", "shared FFN: drawn"),
@@ -387,7 +394,7 @@ EXPERIMENTS = (
         "Training both flows together adds text while it preserves the pretrained generator's priors (section 3.2, eq. 11). "
         "So videos are as good after recall and after refine as before.",
         "The oracle reads fewer of the asked attributes from videos drawn after a stage; or as many without the video loss.",
-        (GENERATOR, BASE, variant("no video loss", patch=loss_of(partial(univigu.uni_flow_loss, lambda_v=0.0)))),
+        (GENERATOR, BASE, from_generator("no video loss", patch=loss_of(partial(univigu.uni_flow_loss, lambda_v=0.0)))),
         (reading, drawing, drawing_by_stage),
         (Check("after recall it draws as the generator", "base: drawn after recall", "generator: drawn", -MARGIN),
          Check("after refine it draws as the generator", "base: drawn", "generator: drawn", -MARGIN),
@@ -398,7 +405,7 @@ EXPERIMENTS = (
         "Independent clocks are a key design: they teach dependencies across all combinations of noise levels (section 3.1, eq. 9). "
         "So all three modes are better than with one clock for both; here p = .5 on all lines, and text's clock is warped alike.",
         "One clock (the line that joint() walks) reads, draws or does both as well.",
-        (variant("independent", "--clocks independent --p-drop 0.5"), variant("one clock", "--p-drop 0.5", lines(joint=1.0)), DROP[0.5]),
+        (from_generator("independent", "--clocks independent --p-drop 0.5"), from_generator("one clock", "--p-drop 0.5", lines(joint=1.0)), DROP[0.5]),
         (reading, drawing, agreement),
         (Check("independent clocks read better than one", "independent: read", "one clock: read"),
          Check("independent clocks draw better than one", "independent: drawn", "one clock: drawn"),
@@ -407,6 +414,17 @@ EXPERIMENTS = (
          Check("the mixture draws no worse than independent", "p 0.5: drawn", "independent: drawn", -MARGIN, ours=True),
          Check("the mixture agrees better than independent", "p 0.5: agreement", "independent: agreement", ours=True)),
         (bars("read", "read all", "drawn", "agreement", "prompt followed"),)),
+    Experiment(
+        "whole",
+        "Recall and independent clocks are how the paper gets all three modes (sections 3.1 and 3.3). "
+        "So neither costs a mode over as many text steps as the default has, whose clocks are a mixture; most other runs stop after a seventh of them.",
+        "Without recall, or with the mixture, a mode is better.",
+        (DEFAULT, from_generator("whole, no recall", "--stages refine --refine-steps {default_text}"), from_generator("whole, independent", "{default_steps} --clocks independent --p-drop 0.5")),
+        (reading, drawing, agreement),
+        tuple(Check(f"{who} {does} as well as {than}", f"{more}: {name}", f"{less}: {name}", -MARGIN)
+              for who, more, than, less in (("with recall it", "default", "without", "whole, no recall"), ("with independent clocks it", "whole, independent", "with the mixture", "default"))
+              for does, name in (("reads", "read"), ("draws", "drawn"), ("agrees", "agreement, text ahead"))),
+        (bars("read", "read all", "drawn", "agreement", "agreement, text ahead", "prompt followed"),)),
     Experiment(
         "lambda_t",
         "Text, few tokens and a new task, needs more weight than video: lambda_t = |z_v| / |z_t| balances the supervision (section 3.3). "
@@ -423,10 +441,10 @@ EXPERIMENTS = (
         "E is learnable, and encouraged to align with the continuous video manifold for stable training (section 3.1, eq. 7); how is not said. "
         "So E needs help to stay alive, and alignment gives it.",
         "The literal E keeps its size and reads as well; or no kind of alignment reads better than unit rows and an anchor (base).",
-        (BASE, variant("literal", "--embedding literal --anchor 0"),
-         variant("fixed target", "--embedding literal --anchor 0", ((EmbeddingFlow, "noisy", staticmethod(fixed_target)),)),
-         variant("no anchor", "--anchor 0"), variant("frozen", patch=model_of(FrozenE)), variant("centred", patch=model_of(CentredE)),
-         variant("patch", "--text-dim 24", model_of(PatchE)), variant("contrastive", patch=loss_of(contrastive_loss))),
+        (BASE, from_generator("literal", "--embedding literal --anchor 0"),
+         from_generator("literal, anchor", "--embedding literal"), from_generator("fixed target", "--embedding literal --anchor 0", ((EmbeddingFlow, "noisy", staticmethod(fixed_target)),)),
+         from_generator("no anchor", "--anchor 0"), from_generator("frozen", patch=model_of(FrozenE)), from_generator("centred", patch=model_of(CentredE)),
+         from_generator("patch", "--text-dim 24", model_of(PatchE)), from_generator("contrastive", patch=loss_of(contrastive_loss))),
         (reading, rows_of_E),
         (Check("the literal E shrinks below half its size", 0.5, "literal: RMS of E"),
          Check("the literal E reads worse than unit rows", "no anchor: read", "literal: read"),
@@ -439,12 +457,13 @@ EXPERIMENTS = (
         "Text flows over continuous token embeddings, by their velocity (section 3.1, eq. 7-8); the published weights move discrete tokens instead. "
         "So embeddings lose nothing against tokens, nor velocity against predicting the data point (base), and few steps suffice.",
         "The discrete flow or the x1 output reads better, or many steps are needed.",
-        (BASE, DEFAULT, variant("discrete", "--text-flow discrete"), variant("velocity", "--text-output velocity"), *TOKEN.values()),
+        (BASE, DEFAULT, from_generator("discrete", "--text-flow discrete"),
+         from_generator("discrete, kl", "--text-flow discrete --discrete-loss generalised-kl"), from_generator("velocity", "--text-output velocity"), *TOKEN.values()),
         (reading, reading_in_steps, drawing),
         (Check("embeddings read as well as discrete tokens", "base: read", "discrete: read", -MARGIN),
          Check("the velocity output reads as well as x1", "velocity: read", "base: read", -MARGIN),
          Check("8 steps read as well as 64", "default: read in @ 8", "default: read in @ 64", -MARGIN),
-         Check("the video computed once, it reads as well", "default: video reused, read in @ 64", "default: read in @ 64", -0.005, ours=True)),
+         *(Check(f"the video computed once, it reads as well in {k} steps", f"default: video reused, read in @ {k}", f"default: read in @ {k}", -0.005, ours=True) for k in (16, 64))),
         (curve("steps of the sampler", "read in", "video reused, read in", log=True), across("width d of a token", {v.name: d for d, v in TOKEN.items()} | {"base": 64}, "read", "read all", "drawn"))),
     Experiment(
         "coevolution",
@@ -468,6 +487,7 @@ EXPERIMENTS = (
         (Check("without a prompt it reads as with it", "default: no prompt", "default: right prompt", -MARGIN),
          Check("with a wrong prompt it reads as without", "default: wrong prompt", "default: no prompt", -MARGIN),
          Check("shuffled frames cost the direction", "default: direction, in order", "default: direction, shuffled", 0.2),
+         Check("and the speed", "default: speed, in order", "default: speed, shuffled", 0.2),
          Check("they leave the colour", "default: colour, shuffled", "default: direction, shuffled", 0.2),
          Check("backwards, the opposite direction is read", "default: direction turned, backwards", 0.5),
          Check("unseen combinations are read as well", "default: no prompt unseen", "default: no prompt", -MARGIN)),
@@ -509,13 +529,13 @@ def judge(checks, seeds):
 
 
 def finding(verdict, checks):
-    """What was found, in a sentence: the verdict, and the gain (mean, and standard deviation over seeds) that decided each check."""
-    told = [f"{'yes' if c['holds'] else 'no'}, {c['says']} ({c['mean']:+.3f} ± {c['spread']:.3f})" for c in checks if not c["ours"]]
-    return f"{verdict}: {'; '.join(told)}."
+    """What was found, in a sentence or two: the verdict, and the gain (mean, and standard deviation over seeds) that decided each check; then those on our own choices."""
+    told = {ours: "; ".join(f"{'yes' if c['holds'] else 'no'}, {c['says']} ({c['mean']:+.3f} ± {c['spread']:.3f})" for c in checks if c["ours"] == ours) for ours in (False, True)}
+    return f"{verdict}: {told[False]}." + f" Our choice: {told[True]}." * bool(told[True])
 
 
 def perform(experiment, seeds, budget, out):
-    """Trains, measures and judges; writes <name>.json and <name>.png. Returns what the JSON holds."""
+    """Trains, measures and judges; writes <out>/<name>/results.json and figure.png. Returns what the JSON holds."""
     variants, measured, described = experiment.variants, [], {}
     for seed in seeds:
         runs = {v.name: trained(v, seed, budget, out) for v in variants}
@@ -527,8 +547,10 @@ def perform(experiment, seeds, budget, out):
     verdict, checks = judge(experiment.checks, measured)
     results = {"name": experiment.name, "claim": experiment.claim, "refuted if": experiment.refuted_if, "verdict": verdict, "found": finding(verdict, checks), "checks": checks, "seeds": seeds,
                "budget": vars(budget), "variants": described, "mean and spread": numbers, "each seed": measured}
-    (Path(out) / f"{experiment.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    figure(experiment, numbers, Path(out) / f"{experiment.name}.png")
+    place = Path(out) / experiment.name
+    place.mkdir(exist_ok=True)
+    (place / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    figure(experiment, numbers, place / "figure.png")
     return results
 
 
@@ -561,7 +583,7 @@ def table(results):
 def main(argv=None):
     begin, known = time.time(), [experiment.name for experiment in EXPERIMENTS]
     parser = argparse.ArgumentParser(prog="python -m toy.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"toy.experiments: error: {' '.join(message.split())}\n")
+    parser.error = lambda message: parser.exit(2, f"toy.experiments: error: {train.one_line(message)}\n")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which experiments (default: all): {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="one seed, a fifth of the steps, a quarter of the clips, in a folder of its own")
     parser.add_argument("--seeds", help="with commas (default: 0,1,2; quick: 0)")
@@ -570,18 +592,24 @@ def main(argv=None):
     seeds = (("0" if flags.quick else "0,1,2") if flags.seeds is None else flags.seeds).split(",")
     for wrong in set(flags.names) - set(known):
         sys.exit(f"toy.experiments: error: experiment is {wrong!r}, wanted one of {', '.join(known)}")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-        sys.exit(f"toy.experiments: error: seeds is {flags.seeds!r}, wanted different integers with commas")
+    if not all(seed.isdecimal() and int(seed) <= 10**9 for seed in seeds) or len(set(seeds)) < len(seeds):
+        sys.exit(f"toy.experiments: error: seeds is {flags.seeds!r}, wanted different integers from 0 to {10**9}, with commas")
     out, results = flags.out or "runs/experiments" + "-quick" * flags.quick, []
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"toy.experiments: error: out is {out}, wanted a folder that can be made: {error.strerror}")
+    if not os.access(out, os.W_OK | os.X_OK):
+        sys.exit(f"toy.experiments: error: out is {out}, wanted a folder that can be written to")
     for experiment in EXPERIMENTS:
         if experiment.name in (flags.names or known):
             print(f"\n{experiment.name}: {experiment.claim}\nRefuted if: {experiment.refuted_if}")
             try:
                 results.append(perform(experiment, [int(seed) for seed in seeds], QUICK if flags.quick else FULL, out))
             except (ValueError, OSError) as error:
-                sys.exit(f"toy.experiments: error: {' '.join(str(error).split())}")
+                sys.exit(f"toy.experiments: error: {train.one_line(error)}")
             print(table(results[-1:]))
-    print(f"\n{table(results)}\n{(time.time() - begin) / 60:.0f} minutes; numbers and figures: {out}/*.json, {out}/*.png")
+    print(f"\n{table(results)}\n{(time.time() - begin) / 60:.0f} minutes; numbers and figures: {out}/*/results.json, {out}/*/figure.png")
 
 
 if __name__ == "__main__":

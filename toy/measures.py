@@ -83,8 +83,10 @@ def both(run, model=None, share=2, **sampling):
 
 
 def agreement(run):
+    """Caption against video of joint(): on the line that training walks, and as it samples by default."""
     written, shown = both(run, share=1)
-    return {"agreement": score(written, shown)[0], "prompt followed": score(shown, run.show()[1], BRIEF)[0]}
+    ahead = score(*both(run, share=1, text_shift=SAMPLING["joint"]["text_shift"]))[0]
+    return {"agreement": score(written, shown)[0], "agreement, text ahead": ahead, "prompt followed": score(shown, run.show()[1], BRIEF)[0]}
 
 
 class Apart:
@@ -99,12 +101,12 @@ class Apart:
 
 
 def coevolution(run, steps=24):
-    """On what the prompt leaves open: agreement of what both streams point at along tau, agreement of streams apart, and how one stream takes an
-    exchange of the other for the neighbour's. "follows": where the neighbour's would have differed, the share that took its value; "stranger": the
-    same for a clip that was not exchanged with.
+    """With one clock for both, as eq. 18 has it, and on what the prompt leaves open: how far both streams' guesses agree along tau; how far streams agree
+    that do not see each other; and what a stream does when, at tau, the other is replaced by another clip's. "follows": of the attributes where that
+    clip differs, the share that took its value; "stranger": the same for a clip that was not exchanged.
     """
     numbers, c, open_ = {}, run.show(share=2)[0]["c"], torch.tensor([name in FREE for name in ALL])
-    outcome = lambda callback: dict(zip(("text", "video"), both(run, steps=steps, callback=callback)))
+    outcome = lambda callback: dict(zip(("text", "video"), both(run, steps=steps, text_shift=1.0, callback=callback)))
 
     def point(i, tau_v, tau_t, z_v, z_t):
         if (i + 1) % (steps // 6) == 0:
@@ -118,7 +120,7 @@ def coevolution(run, steps=24):
             state.copy_(state.roll(1, 0))                           # in place: the sampler goes on from it
 
     usual = outcome(point)
-    numbers["agreement, apart"] = score(*both(run, Apart(run.model, run.generator())), FREE)[0]
+    numbers["agreement, apart"] = score(*both(run, Apart(run.model, run.generator()), text_shift=1.0), FREE)[0]
     for stream, other in (("video", "text"), ("text", "video")):
         for tau in TAUS:
             found = outcome(exchange)[stream]

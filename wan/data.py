@@ -323,8 +323,10 @@ class World:
             wrote = [("the model wrote", results["joint"])] if mode == "joint" else []
             gallery.append(dict(mode=mode, right=None, frames=frames[0], lines=[("asked", asked), *wrote]))
         self.shown = {"gallery": gallery}
-        results["loss"] = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
+        results["loss"] = {split: {name: round(sum(values) / len(values), 6) for name, values in losses.items()}}
         results["train_s"], results["wall_s"] = round(elapsed, 1), round(elapsed + time.time() - begin, 1)
-        (Path(out) / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        part = Path(out) / "results.json.part"
+        part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        part.replace(part.with_suffix(""))
         print(json.dumps(results, indent=1, ensure_ascii=False))
         return results

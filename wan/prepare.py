@@ -164,6 +164,8 @@ def write(path, text):
     try:
         part.write_text(text)
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -206,9 +208,15 @@ class Part:
             name = next(name for name in (f"shard-{self.rank:04d}-{i:05d}.safetensors" for i in count()) if not (self.out / name).exists())
             ids = torch.cat([tensor for key, tensor in self.tensors.items() if key.endswith((".prompt", ".caption"))])
             header = {"format": FORMAT, "clips": self.clips, "vocabulary": ids.unique().tolist()}
-            save_file(self.tensors, self.out / f".{name}", metadata={"clips": json.dumps(header)})
-            shutil.copymode(self.out / "settings.json", self.out / f".{name}")               # safetensors lets nobody else read its files
-            (self.out / f".{name}").replace(self.out / name)
+            part = self.out / f".{name}"
+            try:
+                save_file(self.tensors, part, metadata={"clips": json.dumps(header)})
+                shutil.copymode(self.out / "settings.json", part)   # safetensors lets nobody else read its files
+                part.replace(self.out / name)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{self.out / name} cannot be written ({shutil.disk_usage(self.out).free:,} bytes were free): {one_line(error)}") from None
+            finally:
+                part.unlink(missing_ok=True)
             self.clips, self.tensors = [], {}
 
 

@@ -403,5 +403,5 @@ def some(names):
 
 
 def one_line(error):
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())
+    """A text, or what an error says (its name where it says nothing), without line breaks."""
+    return " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
