@@ -29,6 +29,12 @@ def test_a_caption_is_timed_with_the_video_computed_once_and_anew(tmp_path, caps
     assert every > first and f"{every / first:.1f} times faster" in capsys.readouterr().out
 
 
+def test_a_caption_is_not_said_to_be_timed_compiled(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*TINY, "--understand", "7", "--compile"])
+    assert stop.value.code == 2 and "--compile" in capsys.readouterr().err
+
+
 def test_the_toys_speed_is_that_of_its_log(tmp_path, capsys, monkeypatch, one_codec):
     real = train.main
     monkeypatch.setattr(bench, "TOY", ("", "--num-heads 2"))

@@ -184,6 +184,13 @@ def test_numbers_and_words_in_prose_are_those_of_the_code():
     assert [words for words in said if words not in text] == []
 
 
+def test_reuse_is_ten_times_faster_where_the_text_is_short_and_costs_no_accuracy():
+    short = stored("bench-understand-16")
+    assert short["video tokens"] >= 2000 and "--understand 50" in short["command"] and short["understand"]["every"] > 10 * short["understand"]["first"]
+    checks = [c for c in stored("experiments/text_flow/results")["checks"] if "computed once" in c["says"]]
+    assert len(checks) == 2 and all(c["holds"] and c["above"] >= -0.005 for c in checks)
+
+
 def test_the_map_of_files_is_complete():
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert not tracked or {name for name in tracked if not name.startswith("tests/")} == set(ABOUT)
