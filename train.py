@@ -249,10 +249,10 @@ class Saver:
                 for text, values in texts.items():
                     (part / file).with_name(text).write_text(json.dumps(values, indent=1))
             torch.save(training, part / "training_state.pt")
-        except BaseException as error:  # on a full disk, safetensors and torch.save have errors of their own
+        except (Exception, KeyboardInterrupt) as error:  # on a full disk, safetensors and torch.save have errors of their own
             free = shutil.disk_usage(self.train.out).free
             shutil.rmtree(part, ignore_errors=True)
-            if not isinstance(error, Exception):                    # Ctrl-C
+            if isinstance(error, KeyboardInterrupt):
                 raise
             raise OSError(f"checkpoint {folder} cannot be written ({free:,} bytes were free): {one_line(error)}") from None
         os.sync()                                                   # before the name says that it is complete
