@@ -513,6 +513,14 @@ def test_caption_refuses(flags, words, real, refused):
     refused("wan.caption", ["--videos", real / "v", "--index", real / "i.jsonl", "--model", "none", "--out", "said.jsonl", *flags.split()], words)
 
 
+@pytest.mark.slow
+def test_code_that_a_captioning_model_brings_does_not_run(real, refused, tmp_path):
+    write("model/config.json", {"model_type": "evil", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"}})(tmp_path)
+    write("model/evil.py", "open('ran', 'w')")(tmp_path)
+    refused("wan.caption", ["--videos", real / "v", "--index", real / "i.jsonl", "--wan", real / "wan", "--model", "model", "--out", "said.jsonl"], "--model model cannot be loaded")
+    assert not (tmp_path / "ran").exists()
+
+
 # ---------------------------------------------------------------- train.py on prepared data
 
 def header(**values):

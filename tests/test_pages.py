@@ -431,6 +431,20 @@ def test_the_slider_shows_the_step_it_says_by_keyboard(made, view):
     assert np.array_equal(picture_of(page, "video-guess"), wanted[-1][2]) and words_of(page, "text-guess") == wanted[-1][3]
 
 
+@pytest.mark.parametrize("mode", ["understand", "generate"])
+def test_what_is_given_stays_and_what_moves_is_that_of_the_step(mode, made, view):
+    page, content = view(made / f"{mode}.html"), data(made / f"{mode}.html")
+    for key, at in (("End", STEPS), ("Home", 0), ("ArrowRight", 1)):
+        page.keyboard.press(key)
+        step = content["steps"][at]
+        for kind, picture in step["video"].items():
+            assert np.array_equal(picture_of(page, f"video-{kind}"), frames_in(content["pictures"][picture]))
+        for kind, said in step["text"].items():
+            assert words_of(page, f"text-{kind}") == [NAMES.get(word, word) for word in said]
+    kinds = {"given"} if mode == "understand" else {"guess", "state"}
+    assert set(step["video"]) == kinds and set(step["text"]) == {"given", "guess", "state"} - kinds
+
+
 def test_uncertain_words_are_dashed_and_spoken_of(made, view):
     page, steps = view(made / "understand.html"), data(made / "understand.html")["steps"]
     for step in (0, STEPS):
@@ -485,7 +499,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(scheme, made, run, view):
     backgrounds = set()
-    for file in (made / "joint.html", made / "understand.html", run / "report.html"):
+    for file in (made / "joint.html", made / "understand.html", made / "generate.html", run / "report.html"):
         page = view(file, color_scheme=scheme)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
         if "report" not in file.name:

@@ -31,7 +31,7 @@ def load(model):
     from transformers import pipeline
 
     try:
-        pipe = pipeline("image-text-to-text", model=model, dtype="auto", device=0 if torch.cuda.is_available() else -1)
+        pipe = pipeline("image-text-to-text", model=model, dtype="auto", trust_remote_code=False, device=0 if torch.cuda.is_available() else -1)
     except Exception as error:  # models of other kinds and packages that are missing fail in many ways
         raise ValueError(f"--model {model} cannot be loaded: {type(error).__name__}: {one_line(error)[:500]}") from None
 
