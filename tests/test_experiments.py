@@ -140,7 +140,7 @@ def test_sigterm_ends_it_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_all_experiments_end_to_end_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "QUICK", TINY)
-    monkeypatch.setattr(measures, "STEPS", (1, 8, 64))
+    monkeypatch.setattr(measures, "STEPS", (1, 8, 16, 64))
     real, argv = train.run_stage, ["--quick", "--seeds", "3", "--out", str(tmp_path)]
 
     def stops_before_refine(stage, *args):
