@@ -5,7 +5,7 @@
     python -m toy.experiments --quick                  one seed, a fifth of the steps: does it run, not is it so
 
 A variant is a run of train.py (folder <out>/<variant>/seed<k>) that differs from the variant "base", the default recipe shortened, in one thing;
-"default" and those named "whole" are not shortened. All text stages start from one generator per seed, unless that is the question. An experiment writes
+the variant "default" is not shortened. All text stages start from one generator per seed, unless that is the question. An experiment writes
 <out>/<name>/results.json and figure.png. What was found is computed, never written here: see Check. A claim is supported where all its checks hold, not supported where none does, else mixed.
 """
 
@@ -58,10 +58,9 @@ class Budget:
 
     def fill(self, flags):
         """Step counts into flags: {text} is both text stages together, {long_refine} refine and the generator; of the run that is not shortened, {default}
-        are all stages and their steps, {default_steps} the steps alone, {default_text} how many both text stages have together."""
+        are all stages and their steps."""
         steps = " ".join(f"--{stage}-steps {steps}" for stage, steps in zip(train.STAGES, self.default))
-        return flags.format(recall=self.recall, text=self.recall + self.refine, long_refine=self.generator + self.refine, default=f"--stages generator,recall,refine {steps}",
-                            default_steps=steps, default_text=sum(self.default[1:]))
+        return flags.format(recall=self.recall, text=self.recall + self.refine, long_refine=self.generator + self.refine, default=f"--stages generator,recall,refine {steps}")
 
 
 FULL = Budget(generator=800, recall=100, refine=300, clips=256,
@@ -275,7 +274,7 @@ def bars(*names):
 
 
 def curve(xlabel, *names, log=False):
-    """A line a variant, or a name where there are several, through its points "name @ x"."""
+    """A line a variant, or a name where there are several (of one variant), through its points "name @ x"."""
     return partial(draw_lines, xlabel, names[0] if len(names) == 1 else "", log, lambda numbers: {
         variant if len(names) == 1 else name: sorted((float(key.split(" @ ")[1]), *value) for key, value in of.items() if key.startswith(f"{name} @ "))
         for name in names for variant, of in numbers.items()})
@@ -415,17 +414,6 @@ EXPERIMENTS = (
          Check("the mixture agrees better than independent", "p 0.5: agreement", "independent: agreement", ours=True)),
         (bars("read", "read all", "drawn", "agreement", "prompt followed"),)),
     Experiment(
-        "whole",
-        "Recall and independent clocks are how the paper gets all three modes (sections 3.1 and 3.3). "
-        "So neither costs a mode over as many text steps as the default has, whose clocks are a mixture; most other runs stop after a seventh of them.",
-        "Without recall, or with the mixture, a mode is better.",
-        (DEFAULT, from_generator("whole, no recall", "--stages refine --refine-steps {default_text}"), from_generator("whole, independent", "{default_steps} --clocks independent --p-drop 0.5")),
-        (reading, drawing, agreement),
-        tuple(Check(f"{who} {does} as well as {than}", f"{more}: {name}", f"{less}: {name}", -MARGIN)
-              for who, more, than, less in (("with recall it", "default", "without", "whole, no recall"), ("with independent clocks it", "whole, independent", "with the mixture", "default"))
-              for does, name in (("reads", "read"), ("draws", "drawn"), ("agrees", "agreement, text ahead"))),
-        (bars("read", "read all", "drawn", "agreement", "agreement, text ahead", "prompt followed"),)),
-    Experiment(
         "lambda_t",
         "Text, few tokens and a new task, needs more weight than video: lambda_t = |z_v| / |z_t| balances the supervision (section 3.3). "
         "Here that is 3, the base run's.",
@@ -463,7 +451,7 @@ EXPERIMENTS = (
          Check("the velocity output reads as well as x1", "velocity: read", "base: read", -MARGIN),
          Check("8 steps read as well as 64", "default: read in @ 8", "default: read in @ 64", -MARGIN),
          *(Check(f"the video computed once, it reads as well in {k} steps", f"default: video reused, read in @ {k}", f"default: read in @ {k}", -0.005, ours=True) for k in (16, 64))),
-        (curve("steps of the sampler", "read in", "video reused, read in", log=True), across("width d of a token", {v.name: d for d, v in TOKEN.items()} | {"base": 64}, "read", "read all", "drawn"))),
+        (curve("steps of the sampler", "read in", log=True), across("width d of a token", {v.name: d for d, v in TOKEN.items()} | {"base": 64}, "read", "read all", "drawn"))),
     Experiment(
         "coevolution",
         "Drawn together, the two streams co-evolve and mutually sharpen each other into a coherent pair (section 3.3, eq. 18). "
