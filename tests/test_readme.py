@@ -89,7 +89,8 @@ def claims():
                       "`lambda_t` on an AMD EPYC), the default runs on both."])
 
 
-CHOICES = (("clocks, short runs, p .5", "independent", "clocks: independent", "the mixture", "clocks: p 0.5"),
+CHOICES = (("clocks, whole runs", "independent", "whole: whole, independent", "the mixture", "whole: default"),
+           ("clocks, short runs, p .5", "independent", "clocks: independent", "the mixture", "clocks: p 0.5"),
            ("text head", "velocity", "text_flow: velocity", "x1", "text_flow: base"),
            ("E", "free", "embedding: literal", "unit rows, anchor .1", "embedding: base"),
            ("loss", "eq. 11", "embedding: no anchor", "and an anchor of .1", "embedding: base"))
