@@ -498,7 +498,7 @@ def moment(model, z_v, z_t, tau_v, tau_t, v_v=None, v_t=None):
         E = model.embedding_matrix()
         most = lambda z: (z @ E.T / E.shape[1] ** 0.5).softmax(-1).max(-1)
         sure, y_hat = most(ahead(z_t, tau_t, v_t).float())
-        sure = sure / most(E[y_hat]).values                           # an exact row's own softmax is under 1, the more so the larger the vocabulary
+        sure = sure / most(E[y_hat]).values                         # an exact row's own softmax is under 1, the more so the larger the vocabulary
     return found | dict(y=model.decode(z_t[:1])[0].cpu(), y_hat=y_hat[0].cpu(), sure=[round(s, 3) for s in sure[0].clamp(max=1).tolist()])
 
 
