@@ -197,7 +197,7 @@ td { vertical-align: top; } td img { width: 110px; max-width: none; }
 <p>{{ lead }}</p>
 {{ facts(about) }}
 <section class="controls">
-<label for="step">Step</label> <input id="step" type="range" min="0" value="0" autofocus> <button id="play">Play</button> <output id="now" for="step"></output>
+<label for="step">Step</label> <input id="step" type="range" min="0" value="0"> <button id="play">Play</button> <output id="now" for="step"></output>
 </section>
 <div class="row panels">
 <section><h2>The two clocks</h2>
@@ -287,6 +287,7 @@ steps.forEach((s, i) => {
   }
 });
 show(0);
+slider.focus();
 {% endblock %}
 """
 

@@ -394,12 +394,6 @@ def view(browser):
         context.close()
 
 
-def wait(page, id):
-    from playwright.sync_api import expect                          # the page's policy forbids page.wait_for_function
-
-    return expect(page.locator(f"#{id}"))
-
-
 def picture_of(page, id):
     return frames_in(page.get_attribute(f"#{id}", "src"))
 
@@ -410,7 +404,7 @@ def words_of(page, id):
 
 def test_the_slider_shows_the_step_it_says_by_keyboard(made, view):
     page, wanted = view(made / "joint.html"), states(made)
-    wait(page, "step").to_be_focused()                              # the keyboard is there from the start, and one sees where
+    assert page.evaluate("document.activeElement.id") == "step"     # the keyboard is there from the start, and one sees where
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     shown = 0
     for key, step in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowUp", 3), ("End", STEPS), ("ArrowLeft", STEPS - 1), ("Home", 0), ("ArrowRight", 1)]:
@@ -462,18 +456,21 @@ def test_uncertain_words_are_dashed_and_spoken_of(made, view):
 
 def test_play_walks_to_the_end_and_pauses(made, view):
     page = view(made / "generate.html")
+    page.clock.install(time=0)
+    page.clock.pause_at(1)                                          # from here on, time passes only where the test says so
     page.locator("#step").press("End")
     page.locator("#step").press("Tab")
     page.keyboard.press("Enter")
     assert page.inner_text("#play") == "Pause" and page.input_value("#step") == "0"           # from the end it starts again
-    wait(page, "step").to_have_value("2")
+    page.clock.run_for(1100)
+    assert page.input_value("#step") == "2"
     page.keyboard.press("Enter")
     assert page.inner_text("#play") == "Play"
-    page.wait_for_timeout(700)
+    page.clock.run_for(5000)
     assert page.input_value("#step") == "2" and page.inner_text("#now").startswith("step 2 ")
     page.keyboard.press("Space")
-    wait(page, "play").to_have_text("Play")
-    assert page.input_value("#step") == str(STEPS)
+    page.clock.run_for(5000)
+    assert page.inner_text("#play") == "Play" and page.input_value("#step") == str(STEPS)
 
 
 # The lowest contrast of a page's texts with what lies behind them (WCAG 2's formula), and the text that has it.
