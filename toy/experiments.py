@@ -274,16 +274,21 @@ def bars(*names):
     return draw
 
 
-def curve(xlabel, *names, log=False):
-    """A line a variant, or a name where there are several (of one variant), through its points "name @ x"."""
+def curve(xlabel, *names, log=False, of=()):
+    """A line a variant (of these, or all), or a name where there are several (of one variant), through its points "name @ x"."""
     return partial(draw_lines, xlabel, names[0] if len(names) == 1 else "", log, lambda numbers: {
-        variant if len(names) == 1 else name: sorted((float(key.split(" @ ")[1]), *value) for key, value in of.items() if key.startswith(f"{name} @ "))
-        for name in names for variant, of in numbers.items()})
+        variant if len(names) == 1 else name: sorted((float(key.split(" @ ")[1]), *value) for key, value in numbers[variant].items() if key.startswith(f"{name} @ "))
+        for name in names for variant in of or numbers})
 
 
 def across(xlabel, xs, *names, log=True):
     """A line a name, a point a variant: xs maps variants to their x."""
     return partial(draw_lines, xlabel, "", log, lambda numbers: {name: [(x, *numbers[variant][name]) for variant, x in xs.items()] for name in names})
+
+
+def across_groups(xlabel, name, **groups):
+    """As across, of one number: a line a group of variants, each mapped to its x."""
+    return partial(draw_lines, xlabel, name, True, lambda numbers: {label: [(x, *numbers[variant][name]) for variant, x in xs.items()] for label, xs in groups.items()})
 
 
 def draw_lines(xlabel, ylabel, log, find, axes, numbers):
@@ -342,6 +347,7 @@ DROP = {p: from_generator(f"p {p:g}", f"--p-drop {p}", lines()) for p in (0.0, 0
 LAMBDA = {x: from_generator(f"lambda_t {x:g}", f"--lambda-t {x}") for x in (0.3, 1.0, 10.0)}
 TOKEN = {d: from_generator(f"d {d}", f"--text-dim {d}") for d in (8, 16, 32)}
 CLIPS = {n: from_generator(f"{n} clips", patch=repeated(n)) for n in (256, 1024, 4096)}
+SCRATCH = {n: Variant(f"scratch, {n} clips", patch=repeated(n)) for n in CLIPS}
 SIZES = {w: f"--dim {w} --ffn-dim {4 * w} --text-ffn-dim {4 * w}" for w in (32, 48, 96)}
 WIDTH = {w: Variant(f"width {w}", flags, start=Variant(f"generator {w}", f"--stages generator {flags}")) for w, flags in SIZES.items()}
 
@@ -350,12 +356,15 @@ EXPERIMENTS = (
         "pretraining",
         "What a generator knows of text and video can be repurposed for understanding, which becomes easier to learn (sections 1 and 3.2). "
         "So text stages that start from the generator read better than the same stages from scratch.",
-        "The network from scratch reads as well after as many text steps, or after as many steps in all, the generator's counted.",
-        (BASE, Variant("scratch", CHECKPOINTS), Variant("scratch, long", f"{CHECKPOINTS} --refine-steps {{long_refine}}")),
+        "The network from scratch reads as well after as many text steps, or after as many steps in all, the generator's counted; or with as few captioned clips.",
+        (BASE, Variant("scratch", CHECKPOINTS), Variant("scratch, long", f"{CHECKPOINTS} --refine-steps {{long_refine}}"), *CLIPS.values(), *SCRATCH.values()),
         (reading, reading_by_step),
         (Check("better than from scratch after as many text steps", "base: read", "scratch: read"),
-         Check("better than from scratch after as many steps in all", "base: read", "scratch, long: read")),
-        (curve("text steps of 64 clips", "read by step"), bars("read", "read all"))),
+         Check("better than from scratch after as many steps in all", "base: read", "scratch, long: read"),
+         Check("better than from scratch where text has 256 clips", "256 clips: read", "scratch, 256 clips: read")),
+        (curve("text steps of 64 clips", "read by step", of=("base", "scratch", "scratch, long")),
+         across_groups("distinct clips (last: none twice)", "read", **{start: {v.name: n for n, v in few.items()} | {last: 25600}
+                 for start, few, last in (("from the generator", CLIPS, "base"), ("from scratch", SCRATCH, "scratch"))}))),
     Experiment(
         "recall",
         "Knowledge Recall, which has the model write the prompt first, rapidly adapts it to the joint flow at minimal cost (section 3.3). "
