@@ -403,7 +403,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         head_dim = cfg.dim // cfg.num_heads
         h_v = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))                # (B, dim, f, h, w)
         grid = tuple(h_v.shape[2:])
-        h = [rearrange(h_v, "b c f h w -> b (f h w) c").float()]                             # (B, n_v, dim)
+        h = [rearrange(h_v, "b c f h w -> b (f h w) c").float().contiguous()]                # (B, n_v, dim); else all blocks copy before each norm
         e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
         e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
         rope = [(*video_rope(grid, head_dim, device), "adjacent")]

@@ -118,12 +118,13 @@ def speed():
 def steps():
     """Seconds of a step, ours beside diffusers'."""
     runs, who = [stored("bench-eager"), stored("bench-compile")], ("video", "video + text", "diffusers, video")
-    lines = [f"| `{runs[0]['command']}` | {' | '.join(who)} |", "|---|" + "---|" * len(who)]
+    lines = [f"| `{runs[0]['command']}` | {' | '.join(who)} | video : diffusers' |", "|---|" + "---|" * (len(who) + 1)]
     for run in runs:
         for kind in ("training step", "denoising step"):
-            cells = [f"{run['steps'][f'{name}, {kind}']['seconds']:.2f}" for name in who]
+            of = [run["steps"][f"{name}, {kind}"]["seconds"] for name in who]
+            cells = [f"{seconds:.2f}" for seconds in (*of, of[0] / of[2])]
             lines.append(f"| {kind}, {run['device']}, {run['kind'].removesuffix(', recompute none')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "| wan-1.3b, 32,760 + 256 tokens, GPU | not measured yet | | |"])
+    return "\n".join([*lines, "| wan-1.3b, 32,760 + 256 tokens, GPU | not measured yet | | | |"])
 
 
 def caption_flops(config, n_v, n_t, steps=50):
