@@ -327,7 +327,7 @@ def test_without_text_the_text_parameters_change_no_bit_of_the_video(model):
 
 
 def test_tokens_lie_side_by_side_in_every_block(model):
-    """A convolution leaves the channels outermost; kept so, every norm copies, and a step on a CPU takes a tenth longer."""
+    """A convolution leaves the channels outermost; kept so, every norm of every block copies."""
     found = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda block, args: found.extend(h.is_contiguous() for h in args[0]))
