@@ -35,7 +35,8 @@ from PIL import GifImagePlugin, Image
 
 import pages
 import wan
-from univigu import Config, UniViGU, generate, joint, understand
+from univigu import Config, generate, joint, understand
+from wan.published import build, config_from, latents_of
 from wan.weights import one_line
 
 FORMATS = (".gif", ".mp4", ".npy", "")
@@ -188,7 +189,7 @@ def load(flags):
             flags.wan = flags.wan or WAN                            # this layout has its VAE and umT5 in files of another kind
         if layout != "own":
             config = wan.config(flags.checkpoint, base=base)
-            state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=config.latents, text_len=config.text_len, prompt_len=config.prompt_len)
+            state = dict(wan=flags.wan or flags.checkpoint, vocabulary=None, latents=latents_of(config), text_len=config.text_len, prompt_len=config.prompt_len)
             world, stage = wan.World.restore(state, device=device), "refine" if layout == "published" else "generator"
             return lambda: wan.load(flags.checkpoint, base=base, dtype=dtype, device=device), config, world, stage
         folder = wan.find(flags.checkpoint, weights=not flags.dry_run)[1]                    # ours, on the hub
@@ -203,7 +204,7 @@ def load(flags):
     if stage not in ("generator", "recall", "refine"):
         raise ValueError(f"checkpoint {folder}: train.json has stage {stage!r}, wanted generator, recall or refine")
     try:
-        config = Config(**stored)
+        config = config_from(stored)
         if kind == "wan":
             world = wan.World.restore(state | ({"wan": flags.wan} if flags.wan else {}), device=device)
     except Exception as error:  # foreign values fail in many ways
@@ -252,7 +253,7 @@ def estimate(config, world, shape, options, flags, device, samples):
     flops = each * (of_video * video + options["steps"] * text)
     shift = options.get("shift", config.text_shift if flags.mode == "understand" else 1)     # else the samplers' own
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in UniViGU(config).parameters())
+        parameters = sum(p.numel() for p in build(config).parameters())
     bytes_each, side, dtype = (2, 2048, torch.bfloat16) if device.type == "cuda" else (4, 1024, torch.float32)
     x = torch.randn(side, side, device=device, dtype=dtype)
     for repeats in (2, 20):                                         # the first round warms up
@@ -275,7 +276,7 @@ def estimate(config, world, shape, options, flags, device, samples):
 def run(flags):
     """One of the three modes, from flags to printed captions and written files."""
     make_model, config, world, flags.stage = load(flags)
-    flags.published = config.latents == "raw"                       # the published weights, or what was trained from them
+    flags.published = latents_of(config) == "raw"                       # the published weights, or what was trained from them
     if flags.stage == "generator" and flags.mode != "generate":
         raise ValueError(f"checkpoint {flags.checkpoint} is of stage generator, which knows no text yet; wanted recall or refine")
     frames, rows, columns = world.frame_shape[1:]
@@ -476,23 +477,27 @@ def watched(flags, sampler, model, *args, **options):
     steps = []
     if flags.trajectory is None:
         return sampler(model, *args, **options), steps
-    clock = lambda tau: None if tau is None else tau[0].item()
-    hook = model.register_forward_hook(lambda _, x, v: steps.append(moment(model, x[0], x[1], clock(x[2]), clock(x[3]), *v)))
-    end = lambda i, tau_v, tau_t, z_v, z_t: i + 1 == options["steps"] and steps.append(moment(model, z_v, z_t, tau_v, tau_t))
-    try:
-        return sampler(model, *args, callback=end, **options), steps
-    finally:
-        hook.remove()
+    before = None
+
+    def tell(k, tau_v, tau_t, z_v, z_t, v_v, v_t):
+        nonlocal before
+        if k:                                                       # the state before, and the velocity that led on
+            steps.append(moment(model, *before, v_v, v_t))
+        before = z_v, z_t, tau_v, tau_t
+        if k == options["steps"]:
+            steps.append(moment(model, *before))
+
+    return sampler(model, *args, callback=tell, **options), steps
 
 
 def moment(model, z_v, z_t, tau_v, tau_t, v_v=None, v_t=None):
-    """What is shown of a moment, of its first sample alone (the others are guidance's): clocks, z_v and the guess z_v1_hat (1, C, up to LATENTS, H, W), and, of the text,
+    """What is shown of a moment, of its first sample alone: clocks, z_v and the guess z_v1_hat (1, C, up to LATENTS, H, W), and, of the text,
     the state's tokens y (N,), the guess's tokens y_hat (N,) and how certain each of these is, in [0, 1]."""
     ahead = lambda z, tau, v: z[:1] if v is None else z[:1] + (1 - tau) * v[:1]
     found = dict(tau_v=tau_v, tau_t=tau_t if z_t is not None else None, z_v=z_v[:1, :, :LATENTS].cpu(), z_v1_hat=ahead(z_v, tau_v, v_v)[:, :, :LATENTS].cpu())
     if z_t is None:
         return found
-    if model.config.text_flow == "discrete":
+    if not z_t.is_floating_point():                                 # the published flow moves token ids
         sure, y_hat = (torch.ones(z_t[:1].shape), z_t[:1]) if v_t is None else v_t[:1].float().softmax(-1).max(-1)
     else:
         E = model.embedding_matrix()

@@ -47,7 +47,8 @@ from tqdm import tqdm
 import pages
 import wan
 from toy.muon import Muon
-from univigu import PRESETS, Config, UniViGU, option, uni_flow_loss
+from univigu import PRESETS, option, uni_flow_loss
+from wan.published import PublishedConfig, build, config_from
 from wan.weights import one_line, read_json
 
 STAGES = {"generator": None,      # eq. 2: the video alone
@@ -98,7 +99,6 @@ class Train:
     clocks: str = option("mixture", "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)")
     p_drop: float = option(0.7, "probability that a sample's prompt is dropped in the text stages; with clocks 'mixture' not on the lines generate and joint, which have 0.1")
     anchor: float = option(0.1, "weight of the cross-entropy that keeps text latents on the embedding's rows")
-    discrete_loss: str = option("cross-entropy", "loss of the text with text_flow 'discrete': 'cross-entropy' or 'generalised-kl'")
     lambda_t: float = option(0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|")
     device: str = option("auto", "'auto', 'cpu' or 'cuda'")
     precision: str = option("auto", "'fp32', 'bf16' autocast, or 'auto': bf16 on a GPU, fp32 on a CPU, where a small model's casts cost more than they save")
@@ -152,7 +152,7 @@ class Meter:
         self.loss += torch.stack([loss.detach().nan_to_num(0, 0, 0), loss.isfinite()]).double()
         for i, (name, m) in enumerate((("video", "v"), ("text", "t"))):
             if name in parts:
-                decile, counts = (parts[f"tau_{m}"] * 10).long().clamp(max=9), parts[f"on_{m}"] * parts[name].isfinite()
+                decile, counts = (parts[f"tau_{m}"] * 10).long().clamp(max=9), parts[f"loss_mask_{m}"] * parts[name].isfinite()
                 self.sums[i].index_add_(1, decile, torch.stack([parts[name].nan_to_num(0, 0, 0) * counts, counts]).double())
 
     def read(self, ranks=1):
@@ -290,7 +290,7 @@ def load(folder, config):
     for name, wanted in json.loads(json.dumps(dataclasses.asdict(config))).items():          # before a model of these sizes is made
         if stored.get(name, wanted) != wanted:
             raise ValueError(f"checkpoint {folder} has {name} {stored[name]!r}, wanted {wanted!r}")
-    model = UniViGU(config)
+    model = build(config)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:  # truncated or foreign files fail in many ways
@@ -466,7 +466,7 @@ def chosen_parallel(parameters, train):
 def sizes(train, config):
     """How many parameters a model has, and over how many processes a copy of them is cut."""
     with torch.device("meta"):
-        parameters, ranks = sum(p.numel() for p in UniViGU(config).parameters()), int(os.environ.get("WORLD_SIZE", 1))
+        parameters, ranks = sum(p.numel() for p in build(config).parameters()), int(os.environ.get("WORLD_SIZE", 1))
     return parameters, (train.shard_within or ranks) if chosen_parallel(parameters, train) == "fsdp" else 1
 
 
@@ -542,7 +542,7 @@ def run_stage(stage, objective, world, train, machine, saver, average, guard, fi
     if resumed:
         restore(resumed, model, optimizers, meter, average, machine)
     options = dict(p_drop=train.p_drop if text else 0.1, clocks=train.clocks if text else train.generator_clocks, lambda_t=train.lambda_t or None,
-                   anchor=train.anchor, discrete_loss=train.discrete_loss)
+                   anchor=train.anchor)
     loader = iter(micro_batches(world.dataset("train"), train, machine, start, first + steps - start))
     micros = train.batch // train.micro_batch // machine.ranks
     model.train()
@@ -726,12 +726,12 @@ def parse(argv):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, with its configuration")
     which.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a run")
-    for title, cls in (("training", Train), ("model (defaults: the preset's)", Config)):
+    for title, cls in (("training", Train), ("model (defaults: the preset's)", PublishedConfig)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
             kind = integers if f.name == "patch_size" else f.type
             real = f"; real data: {REAL[f.name]}" if f.name in REAL else ""
-            default = "" if cls is Config or f.default == "" else f" (default: {f.default}{real})"
+            default = "" if cls is PublishedConfig or f.default == "" else f" (default: {f.default}{real})"
             group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=f.name.upper(),
                                help=(f.metadata["help"] + default).replace("%", "%%"))
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and days, load nothing and write nothing")
@@ -765,7 +765,7 @@ def resolve(given, resume):
             raise ValueError(f"--resume: found no checkpoint in {out}, wanted a folder with model.safetensors and train.json")
         folder = checkpoints(out)[-1][1]
         stored = read_json(folder / "train.json", "train") | read_json(folder / "config.json") | {"out": out}
-        for f in (*dataclasses.fields(Train), *dataclasses.fields(Config)):
+        for f in (*dataclasses.fields(Train), *dataclasses.fields(PublishedConfig)):
             if not isinstance(stored.get(f.name, f.default), {"patch_size": (list, tuple)}.get(f.name, (int, float) if f.type is float else f.type)):
                 raise ValueError(f"checkpoint {folder} has {f.name} {stored[f.name]!r}, wanted {f.default!r} or the like: remove it")
         for name in set(given) - ANY_TIME:
@@ -780,7 +780,7 @@ def resolve(given, resume):
         sizes = make_world(given.get("data", Train.data), 0, given.get("vocabulary", Train.vocabulary)).sizes
         init = given.get("init", "")
         if init and wan.is_wan(init):
-            fields = {f.name for f in dataclasses.fields(Config)}
+            fields = {f.name for f in dataclasses.fields(PublishedConfig)}
             preset = dataclasses.asdict(wan.config(init, **sizes | {name: value for name, value in given.items() if name in fields}))
         elif given.get("data", Train.data) != "toy" and Path(init, "config.json").is_file():
             preset = read_json(Path(init, "config.json"))
@@ -789,13 +789,13 @@ def resolve(given, resume):
     train = Train(**{name: value for name, value in values.items() if name in train_names})
     train.micro_batch = train.micro_batch or max(1, train.batch // int(os.environ.get("WORLD_SIZE", 1)))
     check(train)
-    return train, Config(**{f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values})
+    return train, config_from(values)
 
 
 def check(train):
     """Raises ValueError on a value no run can have, before any work is done."""
     for name, allowed in dict(device=("auto", "cpu", "cuda"), precision=("auto", "fp32", "bf16"), compile=("auto", "yes", "no"),
-                              clocks=("independent", "mixture"), discrete_loss=("cross-entropy", "generalised-kl"), vocabulary=("data", "full"),
+                              clocks=("independent", "mixture"), vocabulary=("data", "full"),
                               generator_clocks=("independent", "logit-normal"), parallel=("auto", "ddp", "fsdp"),
                               recompute=("none", "keep-attention", "full"), async_save=("no", "yes"),
                               track=("none", "tensorboard", "wandb"), **{f"{s}_optimizer": ("muon", "adam") for s in STAGES}).items():
@@ -881,7 +881,7 @@ def prepare(train, config, world, resume, overwrite):
     for place in (Path(train.out, name) for name in train.stages.split(",")):
         if os.path.lexists(place) and not (place / "train.json").is_file():
             raise ValueError(f"{place} is no checkpoint, but one would take its place: move it, or choose another --out")
-    model, done = load(source, config) if source else (UniViGU(config), {})
+    model, done = load(source, config) if source else (build(config), {})
     if not resume and machine.rank == 0:
         start_anew(train.out, overwrite)
     if machine.rank == 0 and launch():

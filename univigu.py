@@ -1,37 +1,45 @@
 """Uni-ViGU in one file: a video diffusion transformer (Wan2.1's) that also describes videos.
 
-Read it top to bottom, in the order the data flows:
-    Config, PRESETS      every size and choice
-    path, warp           noise -> data, and the clocks
-    Block, UniViGU       shared attention, one FFN expert per modality
-    EmbeddingFlow, DiscreteFlow      the text's flow: the paper's, and that of the authors' published weights
-    uni_flow_loss        both flows, two independent clocks
-    understand, generate, joint      the samplers: they differ only in which clock runs
+Read it from top to bottom, as the data flows:
+    Config, PRESETS                    every size and choice
+    interpolate, warp                  from noise to data, and the clocks
+    Attention, Block                   shared attention, one FFN expert for each modality
+    UniViGU                            the network: two latents in, two velocities out
+    EmbeddingFlow                      the text's path, loss and step
+    sample_clocks, uni_flow_loss       training: both flows, two independent clocks
+    understand, generate, joint        sampling: the three differ only in which clock runs
 
-Symbols, the same everywhere in this repository (B batch, V vocabulary, N and d text tokens and their width, L prompt tokens):
-    z_v    (B, C, F, H, W)   video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
-    y      (B, N) int64      text tokens; y_hat decoded ones
-    z_t    (B, N, d)         text latent E[y]; z_t1 data, z_t0 noise (with text_flow="discrete" the text's state is token ids, (B, N) int64, and v_t their logits)
-    tau_v, tau_t  (B,)       the two clocks in [0, 1]: 0 = noise, 1 = data (Wan's clock is t = 1000 (1 - tau))
-    c      (B, L, prompt_dim)  prompt embedding, zero-padded; null (zeros) = no prompt
-    u_v, u_t                 the target velocity, data - noise; v_v, v_t the model's prediction of it (Wan's network gives -v_v)
-    h      (B, n, dim)       hidden tokens; _v video (n_v of them, on a grid of f h w), _t text (N of them)
-    e      (B, dim)          a clock's embedding; (B, 6, dim) in a block: shift, scale and gate of its two modulated branches
-    eq. k                    equation k of the paper, arXiv 2604.08121
+Symbols, the same everywhere (B batch, V vocabulary, N text tokens of width d, L prompt tokens):
+    z_v  (B, C, F, H, W)       video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
+    y    (B, N) int64          text tokens; y_hat are decoded ones
+    z_t  (B, N, d)             text latent E[y]; z_t1 data, z_t0 noise
+    tau_v, tau_t  (B,)         the two clocks: 0 = noise, 1 = data (Wan's clock is 1000 (1 - tau))
+    c    (B, L, prompt_dim)    prompt embedding, zero-padded; all zeros = no prompt
+    u_v, u_t                   target velocities, data - noise
+    v_v, v_t                   predicted velocities (Wan's network gives -v_v)
+    h    {m: (B, n, dim)}      hidden tokens of modality m: "v" video (n_v of them), "t" text (N)
+    e    {m: (B, dim)}         embedding of a modality's clock
+    modulation  {m: (B, 6, dim)}   a block's shift, scale and gate, twice, from that clock
+    eq. k                      equation k of the paper, arXiv 2604.08121
 
-Where we differ from the paper, or fill its silence:
-    1. E's rows have unit RMS, as the video latents (the paper only says "align"); with embedding="literal", its free E, the loss is minimised by E -> 0.
-    2. A small cross-entropy keeps predictions on E's rows; anchor=0 turns it off.
-    3. The text head may predict the data point instead of the velocity (text_output="x1"); the loss stays on the velocity.
-    4. clocks="mixture" adds mass on the lines of the (tau_v, tau_t) square that the samplers' own defaults walk; text_shift warps the text
-       clock under any clocks. clocks="independent" with text_shift=1 is the paper's U(0, 1) x U(0, 1).
-    5. Text positions, text time embedder and text head are the published weights'; guidance, shift, initial gates: see README. The paper is silent.
-    6. text_flow="discrete" is the published weights' text flow, not eq. 7-8.
+Where this differs from the paper, or fills its silence:
+    1. E's rows have unit RMS, as the video latents have (the paper only says "align"). Free rows
+       (embedding="literal") may shrink, since E -> 0 minimises the loss.
+    2. A small cross-entropy, the anchor, keeps predictions near E's rows; anchor=0 turns it off.
+    3. The text head may predict the data point instead of the velocity (text_output="x1"). The
+       loss stays on the velocity.
+    4. clocks="mixture" puts part of each batch on the lines of the (tau_v, tau_t) square that the
+       samplers walk, and text_shift warps the text's clock. clocks="independent" with
+       text_shift=1 is the paper's U(0, 1) x U(0, 1).
+    5. The paper is silent on the text's positions, time embedder and head (here as in the published
+       weights), and on guidance, shift and the initial gates (see README).
 """
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial
+from functools import lru_cache, partial, singledispatch
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,114 +48,149 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 
-def option(default, help):
-    """A dataclass field with a sentence of explanation; train.py turns the sentence into --help."""
-    return field(default=default, metadata={"help": help})
+# -------------------------------------------------------- every size and choice
+
+RULES = "choices", "low", "high"
+KINDS: dict = {int: (int, "an integer"), float: ((int, float), "a number"),
+               str: (str, "a text"), bool: (bool, "true or false")}
+
+
+def option(default, help, *, choices=None, low=None, high=None) -> Any:
+    """A dataclass field with a sentence of explanation, and the values it may have."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+def validate(options):
+    """Checks each field of a dataclass against its type and what `option` says of it.
+
+    Raises ValueError, which names the field, its value and the values wanted.
+    """
+    for f in fields(options):
+        value, (choices, low, high) = getattr(options, f.name), map(f.metadata.get, RULES)
+        if f.type not in KINDS:
+            continue                                            # a tuple: its class checks it
+        kinds, wanted = KINDS[f.type]
+        good = isinstance(value, kinds) and isinstance(value, bool) == (f.type is bool)
+        if choices:
+            good, wanted = good and value in choices, f"one of {', '.join(choices)}"
+        if low is not None:
+            good, wanted = good and low <= value <= high, f"{wanted} from {low:g} to {high:g}"
+        if not good:
+            raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")
+
+
+size = partial(option, low=1, high=10**6)
 
 
 @dataclass
 class Config:
-    """Every size and choice of the model. Wan2.1's names where the meaning is the same; text_* here is the text stream."""
+    """Every size and choice of the model. Wan2.1's names where it has them; text_* is the text."""
 
-    dim: int = option(64, "width of the hidden tokens")
-    ffn_dim: int = option(256, "hidden width of the video expert FFN_v")
-    num_heads: int = option(4, "attention heads; dim / num_heads must be even and at least 6")
-    num_layers: int = option(4, "transformer blocks")
-    in_dim: int = option(24, "channels of the video latent that comes in")
-    out_dim: int = option(24, "channels of the video velocity that goes out")
-    patch_size: tuple[int, int, int] = option((1, 1, 1), "latent frames, rows and columns that one video token covers")
-    freq_dim: int = option(256, "sinusoids of a clock")
-    eps: float = option(1e-6, "epsilon of every norm that Wan has")
-    prompt_dim: int = option(64, "width of the prompt embedding c (4096 for umT5-xxl; Wan's text_dim)")
-    prompt_len: int = option(16, "length c is zero-padded to (512 in Wan; Wan's text_len)")
-    vocab_size: int = option(34, "V, rows of the token embedding E")
-    text_len: int = option(16, "N, text tokens of a caption")
-    text_dim: int = option(64, "d, width of a text token's embedding")
-    text_ffn_dim: int = option(256, "hidden width of the text expert FFN_t")
-    text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of the video expert (the published weights)")
-    text_flow: str = option("embedding", "'embedding', flow matching over token embeddings (eq. 7-8), or 'discrete', over token ids (the published weights)")
-    text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper) or the data point 'x1'")
-    embedding: str = option("unit", "E's rows: 'unit' RMS, or 'literal', free as in eq. 7 (they collapse)")
-    text_shift: float = option(1.0, "warp s of the text clock in training and sampling: tau = r / (r + s (1 - r)); 1 = the paper's")
-    gate_init: float = option(0.0, "added to the random initial gates; 0 = Wan's, 1 trains faster from scratch")
-    latents: str = option("normalised", "video latents: 'normalised' per channel, as Wan's, or 'raw', as the authors' published weights want them")
+    dim: int = size(64, "width of the hidden tokens")
+    ffn_dim: int = size(256, "hidden width of the video expert FFN_v")
+    num_heads: int = size(4, "attention heads; dim / num_heads must be even and at least 6")
+    num_layers: int = option(4, "transformer blocks", low=1, high=1000)
+    in_dim: int = size(24, "channels of the video latent that comes in")
+    out_dim: int = size(24, "channels of the video velocity that goes out")
+    patch_size: tuple[int, int, int] = option((1, 1, 1), "latent frames, rows, columns of a token")
+    freq_dim: int = size(256, "sinusoids of a clock")
+    eps: float = option(1e-6, "epsilon of every norm that Wan has", low=1e-12, high=1)
+    prompt_dim: int = size(64, "width of the prompt embedding c (umT5-xxl: 4096; Wan's text_dim)")
+    prompt_len: int = size(16, "length to which c is zero-padded (Wan: 512, its text_len)")
+    vocab_size: int = size(34, "V, rows of the token embedding E")
+    text_len: int = size(16, "N, text tokens of a caption")
+    text_dim: int = size(64, "d, width of a text token's embedding")
+    text_ffn_dim: int = size(256, "hidden width of the text expert FFN_t")
+    text_ffn_init: str = option(
+        "new", "FFN_t starts 'new' (the paper) or as a 'copy' of FFN_v", choices=("new", "copy"))
+    text_flow: str = option(
+        "embedding", "'embedding' (eq. 7-8), or 'discrete', the published weights' flow over token "
+        "ids (wan/published.py)", choices=("embedding",))
+    text_output: str = option(
+        "velocity", "the text head predicts the 'velocity' (the paper) or the data point 'x1'",
+        choices=("velocity", "x1"))
+    embedding: str = option(
+        "unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
+        choices=("unit", "literal"))
+    text_shift: float = option(
+        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = the paper's", low=1e-3, high=1e3)
+    gate_init: float = option(
+        0.0, "added to the initial gates: 0 = Wan's, 1 trains faster from scratch", low=0, high=1e3)
 
     def __post_init__(self):
-        self.patch_size = tuple(self.patch_size)  # JSON has lists only
-        for name, allowed in dict(text_ffn_init=("new", "copy"), text_flow=("embedding", "discrete"), text_output=("velocity", "x1"),
-                                  embedding=("unit", "literal"), latents=("normalised", "raw")).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {allowed}")
-        for f in fields(self):
-            value, most = getattr(self, f.name), 1000 if f.name == "num_layers" else 10**6   # a file may claim anything
-            if f.type is int and not (type(value) is int and 1 <= value <= most):
-                raise ValueError(f"{f.name} is {value!r}, wanted an integer from 1 to {most}")
-            if f.type is float and type(value) not in (int, float):
-                raise ValueError(f"{f.name} is {value!r}, wanted a number")
-        if len(self.patch_size) != 3 or any(type(size) is not int or size < 1 for size in self.patch_size):
-            raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers (frames, rows, columns)")
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
-            raise ValueError(f"dim {self.dim} over num_heads {self.num_heads}: wanted an even head width of at least 6")
+        self.patch_size = tuple(self.patch_size)                # JSON has lists only
+        validate(self)
+        if len(self.patch_size) != 3 or any(type(s) is not int or s < 1 for s in self.patch_size):
+            raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers "
+                             "(frames, rows, columns)")
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f"dim / num_heads is {self.dim} / {self.num_heads}, wanted an even "
+                             "number of at least 6")
         if self.text_ffn_init == "copy" and self.text_ffn_dim != self.ffn_dim:
-            raise ValueError(f"text_ffn_init='copy' needs text_ffn_dim = ffn_dim, found {self.text_ffn_dim} and {self.ffn_dim}")
+            raise ValueError(f"text_ffn_dim is {self.text_ffn_dim}, wanted ffn_dim {self.ffn_dim} "
+                             "for text_ffn_init 'copy'")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
-        if self.text_flow == "discrete" and self.text_dim != self.dim:
-            raise ValueError(f"text_flow='discrete' embeds tokens at the model's width: wanted text_dim {self.dim} (= dim), found {self.text_dim}")
-        for name, good in dict(eps=self.eps > 0, text_shift=self.text_shift > 0, gate_init=self.gate_init >= 0).items():
-            if not (good and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted a finite number {'of at least' if name == 'gate_init' else 'above'} 0")
+
+    @property
+    def head_dim(self):
+        return self.dim // self.num_heads
 
 
-_WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512, vocab_size=256384, text_len=256, text_dim=64)
+_WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512,
+                  vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
     "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
-    "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
-    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
+    "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536,
+                       **_WAN),
+    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120,
+                      **_WAN),
 }
 
 
-# ---------------------------------------------------------------- the path, its velocity, the clocks
+# -------------------------------------------------------- the path, its velocity, the clocks
 
 def per_sample(tau, z):
     """tau (B,) reshaped to (B, 1, ..., 1), so that it multiplies z sample by sample."""
     return tau.view(-1, *[1] * (z.ndim - 1))
 
 
-def path(z0, z1, tau):
-    """The straight path from noise z0 to data z1 (eq. 1), its point at tau (B,) and its constant velocity, both shaped as z1."""
+def interpolate(z0, z1, tau):
+    """The straight path from noise z0 to data z1: its point at tau (B,), its constant velocity."""
     tau = per_sample(tau, z1)
-    z = (1 - tau) * z0 + tau * z1                                   # eq. 1; video: eq. 6, text: eq. 7
-    u = z1 - z0                                                     # what eq. 2 regresses on
+    z = (1 - tau) * z0 + tau * z1                               # eq. 1; video: eq. 6, text: eq. 7
+    u = z1 - z0                                                 # what eq. 2 regresses on
     return z, u
 
 
 def noise_like(z, generator=None):
-    """Gaussian noise shaped as z, drawn where the generator lives (the CPU by default: the same on every device)."""
-    return send(torch.randn(z.shape, generator=generator, device=generator.device if generator else "cpu"), z.device).to(z.dtype)
+    """Gaussian noise shaped as z, drawn where the generator lives: every device gets the same."""
+    home = generator.device if generator else "cpu"
+    return to_device(torch.randn(z.shape, generator=generator, device=home), z.device).to(z.dtype)
 
 
-def send(x, device):
-    """x on `device`; from pinned memory, so that nobody waits for a GPU to take it."""
-    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+def to_device(x, device):
+    """x on `device`; from pinned memory, so that the CPU need not wait for a GPU to take it."""
+    pin = device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if pin else x).to(device, non_blocking=True)
 
 
 def warp(r, shift):
-    """A clock that lingers near noise for shift > 1 (1: as it is): [0, 1] -> [0, 1]. It is Wan's sigma' = s sigma / (1 + (s - 1) sigma)."""
+    """A clock r in [0, 1] that lingers near noise for shift > 1, as Wan's shift of sigma does."""
     return r / (r + shift * (1 - r))
 
 
-# ---------------------------------------------------------------- building blocks
+# -------------------------------------------------------- building blocks
 
-class Linear(nn.Linear):
-    """nn.Linear that follows the dtype of its weight, so that the residual stream may stay fp32 over bf16 weights."""
+class CastLinear(nn.Linear):
+    """nn.Linear in its weight's dtype: the residual stream may be fp32 over bf16 weights."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 class Linear32(nn.Linear):
-    """nn.Linear computed in fp32 whatever the autocast, as Wan runs its time embedding and head."""
+    """nn.Linear in fp32 under any autocast, as Wan runs its time embedding and head."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -155,7 +198,7 @@ class Linear32(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the full width (all heads together, as Wan), in fp32 whatever the dtypes; returns x's."""
+    """RMS norm over all heads together, as in Wan. Computes in fp32, returns x's dtype."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -174,84 +217,121 @@ class LayerNorm(nn.LayerNorm):
 
 
 def ffn(dim, hidden):
-    """FFN(h) = W2 gelu(W1 h + b1) + b2, each token on its own (eq. 13)."""
-    return nn.Sequential(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))  # eq. 13
+    """FFN(h) = W2 gelu(W1 h + b1) + b2, each token on its own."""
+    gelu = nn.GELU(approximate="tanh")
+    return nn.Sequential(CastLinear(dim, hidden), gelu, CastLinear(hidden, dim))    # eq. 13
+
+
+def clock_networks(freq_dim, dim):
+    """The two networks behind a clock: sinusoids -> e (B, dim), and e -> modulation (B, 6 dim)."""
+    embedding = nn.Sequential(Linear32(freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+    return embedding, nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
 
 
 def sinusoid(tau, dim):
-    """Clock tau (B,) in [0, 1] -> (B, dim) features of Wan's t = 1000 (1 - tau): cosines first, then sines, angles in float64."""
-    frequency = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64, device=tau.device) / (dim // 2))
-    angle = 1000 * (1 - tau.double())[:, None] * frequency          # (B, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()    # (B, dim)
+    """Clock tau (B,) -> (B, dim): cosines, then sines, of Wan's t = 1000 (1 - tau)."""
+    exponent = torch.arange(dim // 2, dtype=torch.float64, device=tau.device) / (dim // 2)
+    frequency = 10000 ** -exponent                              # (dim/2,), in float64 as Wan
+    angle = 1000 * (1 - tau.double())[:, None] * frequency      # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()            # (B, dim)
 
 
-# ---------------------------------------------------------------- positions
+# -------------------------------------------------------- positions
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # the cached angles must serve training after sampling
-def rope(size, widths, device):
-    """RoPE of a grid of tokens, axis k turning widths[k] entries of a head: cos and sin, (tokens, head_dim/2) each. Base 10,000, as Wan's."""
-    position = torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size))            # (tokens, axes), the last axis fastest
-    angle = torch.cat([position[:, [k]] * 10000.0 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w) for k, w in enumerate(widths)], dim=1)
+@torch.inference_mode(False)  # angles cached while sampling must serve training too
+def rope(grid, widths, device):
+    """RoPE, base 10,000, of a grid of tokens; axis k turns widths[k] entries of a head.
+
+    Returns cos and sin, (tokens, head_dim/2) each.
+    """
+    position = torch.cartesian_prod(*map(torch.arange, grid)).view(-1, len(grid))  # (tokens, axes)
+    frequency = [10000.0 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w) for w in widths]
+    angle = torch.cat([position[:, [k]] * f for k, f in enumerate(frequency)], dim=1)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def video_rope(size, head_dim, device):
-    """3-D, of a (F, H, W) token grid; its axes share the pairs as Wan's: 22/21/21 of 64."""
+def video_rope(grid, head_dim, device):
+    """3-D RoPE of a (F, H, W) grid of tokens; pairs are shared as in Wan, 22/21/21 of 64."""
     side = 2 * (head_dim // 6)
-    return rope(size, (head_dim - 2 * side, side, side), device)
+    return rope(grid, (head_dim - 2 * side, side, side), device)
 
 
 def text_rope(n, head_dim, device):
-    """1-D, of n text tokens from position 0, over the whole head."""
+    """1-D RoPE of n text tokens over the whole head, from position 0."""
     return rope((n,), (head_dim,), device)
 
 
 def rotate(x, cos, sin, pairs):
-    """Rotates x (B, heads, n, head_dim) by angles (n, head_dim/2), each acting on one pair of entries.
+    """Turns x (B, heads, n, head_dim) by angles (n, head_dim/2), one for each pair of entries.
 
-    pairs: "adjacent" = (2i, 2i+1), Wan's video tokens; "halves" = (i, i + head_dim/2), text tokens as published.
+    pairs: "adjacent" = (2i, 2i+1), Wan's; "halves" = (i, i + head_dim/2), the published text's.
     """
     sizes, two = ((-1, 2), -1) if pairs == "adjacent" else ((2, -1), -2)
-    a, b = x.float().unflatten(-1, sizes).unbind(two)               # (B, heads, n, head_dim/2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], two).flatten(-2).type_as(x)
+    a, b = x.float().unflatten(-1, sizes).unbind(two)           # (B, heads, n, head_dim/2)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], two)
+    return turned.flatten(-2).type_as(x)
 
 
-# ---------------------------------------------------------------- attention and the block
+def turn(x, rope):
+    """x (B, heads, n, head_dim), each stream by its own entry (cos, sin, pairs) of rope."""
+    parts = x.split([len(cos) for cos, _, _ in rope], dim=2)
+    return join((rotate(part, *r) for part, r in zip(parts, rope)), dim=2)
 
-def join(streams, dim):
-    """Video and text as one sequence; the video alone is not copied."""
-    return torch.cat(streams, dim) if len(streams) > 1 else streams[0]
+
+# -------------------------------------------------------- attention and the block
+
+def join(parts, dim):
+    """Tensors one after the other; a single one is not copied."""
+    parts = list(parts)
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+# What a clock does to a block's two branches, attention and FFN; (B, 1, dim) each.
+Modulation = namedtuple("Modulation", "shift scale gate shift_ffn scale_ffn gate_ffn")
+
+# A block's keys and values, (B, heads, n, head_dim) each, of the video and of the prompt.
+Memory = namedtuple("Memory", "video prompt")
+
+# What a modality brings to the blocks: hidden tokens (B, n, dim), embedding (B, dim) and modulation
+# (B, 6, dim) of its clock, and its positions (cos, sin, pairs), see `rotate`.
+Stream = namedtuple("Stream", "h e modulation rope")
 
 
 class Attention(nn.Module):
-    """Multi-head attention with full-width q/k RMSNorm; parameters named as Wan's."""
+    """Multi-head attention, q and k normalised over the full width; parameters named as Wan's."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (CastLinear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
+    def heads(self, x):
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
+
     def forward(self, x, context, rope=None, memory=None):
-        """x (B, n, dim) attends to context (B, k, dim); rope: one (cos, sin, pairs) per stream of the self-attended sequence.
-        memory: None, or a list. Empty: it is filled with the keys and values of the first stream (without rope: of all of context). Filled: they
-        are put before context's."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)      # eq. 12
-        q, k, v = (rearrange(s, "b n (heads d) -> b heads n d", heads=self.num_heads) for s in (q, k, v))
-        if rope is not None:
-            sizes = [len(cos) for cos, _, _ in rope]
-            q, k = (join([rotate(part, *r) for part, r in zip(s.split(sizes, dim=2), rope)], dim=2) for s in (q, k))
-        if memory:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(memory, (k, v)))
-        elif memory is not None:
-            memory += [s[:, :, :sizes[0]] if rope else s for s in (k, v)]
-        a = F.scaled_dot_product_attention(q, k, v)                 # eq. 12: softmax(q k^T / sqrt(head_dim)) v
-        return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
+        """x (B, n, dim) attends to `memory`, keys and values, and to context (B, k, dim) or None.
+
+        rope: (cos, sin, pairs) of each stream of x, where x attends to itself.
+        Returns (B, n, dim), and the keys and values of context, (B, heads, k, head_dim) each.
+        """
+        q = self.heads(self.norm_q(self.q(x)))                  # eq. 12
+        if context is None:
+            k, v = own = memory
+        else:
+            k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
+            if rope is not None:
+                q, k = turn(q, rope), turn(k, rope)
+            own = k, v
+            if memory is not None:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(memory, own))
+        a = F.scaled_dot_product_attention(q, k, v)  # eq. 12: softmax(q k^T / sqrt(head_dim)) v
+        return self.o(rearrange(a, "b heads n d -> b n (heads d)")), own
 
 
 class Block(nn.Module):
-    """One block of Wan's DiT (eq. 4, eq. 5), its attention shared by both modalities, its FFN split in two experts."""
+    """A block of Wan's DiT (eq. 4, eq. 5): attention for both modalities, an FFN for each."""
 
     def __init__(self, config):
         super().__init__()
@@ -260,32 +340,34 @@ class Block(nn.Module):
         self.self_attn = Attention(dim, config.num_heads, eps)
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = Attention(dim, config.num_heads, eps)
-        self.ffn = ffn(dim, config.ffn_dim)                         # the video expert, under Wan's name
-        self.ffn_t = ffn(dim, config.text_ffn_dim)                  # the text expert
+        self.ffn = ffn(dim, config.ffn_dim)                     # FFN_v, under Wan's name
+        self.ffn_t = ffn(dim, config.text_ffn_dim)              # FFN_t
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, h, e, c, rope, memory=None):
-        """h, e, rope: one entry per stream, video first: h (B, n, dim), e (B, 6, dim); c (B, L, dim). Returns the new h. memory: two such lists,
-        for self-attention (the video's) and cross-attention (the prompt's), see Attention."""
-        of_video, of_prompt = memory or (None, None)
-        sizes = [h_m.shape[1] for h_m in h]
-        mods = [(self.modulation.float() + e_m)[:, :, None].unbind(1) for e_m in e]          # six of (B, 1, dim)
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = zip(*mods)
-        streams = range(len(h))
+    def forward(self, h, modulation, c, rope, memory=None, remember=False):
+        """h, modulation, rope: an entry for each modality m, video first; c (B, L, dim).
 
-        x = join([self.norm1(h[i]) * (1 + scale[i]) + shift[i] for i in streams], dim=1)     # [h_v; h_t] (B, n_v + N, dim)
-        a = self.self_attn(x, x, rope, of_video).split(sizes, dim=1)                           # eq. 14
-        h = [h[i] + gate[i] * a[i] for i in streams]
+        Returns the new h and, with `remember`, a Memory, else None. With `memory`, that of an
+        earlier call, h is the text alone, which sees that call's video and prompt; c is then None.
+        """
+        mod = {m: (self.modulation.float() + modulation[m])[:, :, None] for m in h}
+        mod = {m: Modulation(*mod[m].unbind(1)) for m in h}
+        ffn = {"v": self.ffn, "t": self.ffn_t}
+        sizes = [h_m.shape[1] for h_m in h.values()]
+        video, prompt = memory or (None, None)
 
-        a = self.cross_attn(self.norm3(join(h, dim=1)), c, memory=of_prompt).split(sizes, dim=1)  # eq. 4; both read the prompt; no gate, as Wan
-        h = [h[i] + a[i] for i in streams]
-
-        experts = (self.ffn, self.ffn_t)
-        return [h[i] + gate_ffn[i] * experts[i](self.norm2(h[i]) * (1 + scale_ffn[i]) + shift_ffn[i]) for i in streams]  # eq. 5, eq. 15
+        x = join((self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h), dim=1)
+        a, kv = self.self_attn(x, x, rope.values(), video)      # eq. 14
+        h = {m: h[m] + mod[m].gate * a_m for m, a_m in zip(h, a.split(sizes, dim=1))}
+        a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt)  # eq. 4
+        h = {m: h[m] + a_m for m, a_m in zip(h, a.split(sizes, dim=1))}     # no gate
+        x = {m: self.norm2(h[m]) * (1 + mod[m].scale_ffn) + mod[m].shift_ffn for m in h}
+        h = {m: h[m] + mod[m].gate_ffn * ffn[m](x[m]) for m in h}           # eq. 5, eq. 15
+        return h, Memory(tuple(s[:, :, :sizes[0]] for s in kv), kv_c) if remember else None
 
 
 class Head(nn.Module):
-    """Norm, shift and scale by the clock, linear. Wan's for video; the text head's norm has a learned scale, as published."""
+    """Norm, shift and scale by the clock, linear. The text's norm has a learned scale, as published."""
 
     def __init__(self, dim, out_dim, eps, affine=False):
         super().__init__()
@@ -299,32 +381,66 @@ class Head(nn.Module):
         return self.head(self.norm(h) * (1 + scale) + shift)
 
 
-# ---------------------------------------------------------------- the model
+# -------------------------------------------------------- the text's flow
 
-class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="apache-2.0", pipeline_tag="text-to-video",
-              tags=["video-generation", "video-captioning", "flow-matching"], paper_url="https://arxiv.org/abs/2604.08121"):
-    """Wan2.1's video DiT with a text stream. Parameters that Wan has keep Wan's names; the additions are TEXT_PARAMETERS."""
+class EmbeddingFlow:
+    """The text travels from Gaussian noise to token embeddings, as the video to its latent."""
 
-    TEXT_PARAMETERS = ("token_embedding.", "text_in.", "time_embedding_t.", "time_projection_t.", "ffn_t.", "head_t.")
+    def noise(self, model, like, n, generator=None):
+        """z_t0 (B, n, d) for the batch of `like`, on its device."""
+        d = model.config.text_dim
+        return noise_like(like.new_empty(len(like), n, d, dtype=torch.float32), generator)
+
+    def corrupt(self, model, y, tau_t, generator=None):
+        """Tokens y (B, N) at clock tau_t (B,) -> z_t (B, N, d) and its target velocity u_t."""
+        z_t1 = model.embed(y)                                   # (B, N, d)
+        return interpolate(noise_like(z_t1, generator), z_t1, tau_t)        # eq. 7, eq. 9
+
+    def loss(self, model, v_t, z_t, u_t, y, tau_t, anchor):
+        """Squared velocity error, and cross-entropy of the tokens that v_t points to; (B,) each."""
+        ce = torch.zeros_like(tau_t)
+        if anchor:
+            z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
+            logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5  # (B, N, V)
+            ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
+        return (v_t - u_t).square().flatten(1).sum(1), ce
+
+    def step(self, z_t, v_t, tau, tau_next, generator=None):
+        """One Euler step from clock tau to clock tau_next."""
+        return z_t + (tau_next - tau) * v_t                     # eq. 16, eq. 18
+
+
+# -------------------------------------------------------- the model
+
+class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="apache-2.0",
+              pipeline_tag="text-to-video", paper_url="https://arxiv.org/abs/2604.08121",
+              tags=["video-generation", "video-captioning", "flow-matching"]):
+    """Wan2.1's video DiT with a text stream. Wan's names are kept; TEXT_PARAMETERS are added."""
+
+    TEXT_PARAMETERS = ("token_embedding.", "text_in.", "time_embedding_t.", "time_projection_t.",
+                       "ffn_t.", "head_t.")
+    text_flow: Any = EmbeddingFlow()
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        dim, d = config.dim, config.text_dim
-        clock = lambda: nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
-        six = lambda: nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        dim, freq_dim, gelu = config.dim, config.freq_dim, nn.GELU(approximate="tanh")
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
-        self.text_embedding = nn.Sequential(Linear(config.prompt_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
-        self.time_embedding, self.time_projection = clock(), six()
+        prompt_in = CastLinear(config.prompt_dim, dim)
+        self.text_embedding = nn.Sequential(prompt_in, gelu, CastLinear(dim, dim))
+        self.time_embedding, self.time_projection = clock_networks(freq_dim, dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
 
-        self.token_embedding = nn.Embedding(config.vocab_size, d)   # E
-        if config.text_flow == "embedding":
-            self.text_in = Linear(d, dim)
-        self.time_embedding_t, self.time_projection_t = clock(), six()
-        self.head_t = Head(dim, d if config.text_flow == "embedding" else config.vocab_size, eps=1e-5, affine=True)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_dim)  # E
+        self.text_in, text_out = self.text_ends()
+        self.time_embedding_t, self.time_projection_t = clock_networks(freq_dim, dim)
+        self.head_t = Head(dim, text_out, eps=1e-5, affine=True)
         self.init_weights()
+
+    def text_ends(self):
+        """The layer that takes text into the network, and the width of what its head gives back."""
+        return CastLinear(self.config.text_dim, self.config.dim), self.config.text_dim
 
     @classmethod
     def is_text(cls, name):
@@ -333,7 +449,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
     @torch.no_grad()
     def init_weights(self):
-        """Wan's initialisation, but Xavier for the prompt and clock embeddings too (at Wan's sizes its 0.02 is about that)."""
+        """Wan's initialisation, but Xavier for prompt and clocks too (at its sizes about its .02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -346,17 +462,17 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)                      # unit RMS, as the noise and the video latents
+                nn.init.normal_(module.weight)                  # unit RMS, as the noise
             elif isinstance(module, (Block, Head)):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
         for block in self.blocks:
             block.modulation[:, [2, 5]] += self.config.gate_init
         for head in (self.head, self.head_t):
-            nn.init.zeros_(head.head.weight)                        # an untrained head says nothing (zero) instead of something random
+            nn.init.zeros_(head.head.weight)                    # an untrained head is silent
 
     @torch.no_grad()
     def start_text(self):
-        """Call once on a pretrained generator: the text clock starts as a copy of the video's, and FFN_t too if so configured."""
+        """Call once on a pretrained generator: the text's clock copies the video's, FFN_t if chosen."""
         self.time_embedding_t.load_state_dict(self.time_embedding.state_dict())
         self.time_projection_t.load_state_dict(self.time_projection.state_dict())
         if self.config.text_ffn_init == "copy":
@@ -364,328 +480,342 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
                 block.ffn_t.load_state_dict(block.ffn.state_dict())
 
     def embedding_matrix(self):
-        """E (V, d) in fp32, with rows of unit RMS unless config.embedding is "literal"."""
+        """E (V, d) in fp32, its rows of unit RMS unless config.embedding is "literal"."""
         E = self.token_embedding.weight.float()
         return F.normalize(E, dim=-1) * E.shape[-1] ** 0.5 if self.config.embedding == "unit" else E
 
     def embed(self, y):
-        """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d), eq. 7; the discrete flow moves the tokens themselves."""
-        return F.embedding(y, self.embedding_matrix()) if self.config.text_flow == "embedding" else y     # eq. 7: z_t1 = E[y]
+        """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d)."""
+        return F.embedding(y, self.embedding_matrix())          # eq. 7: z_t1 = E[y]
 
     def decode(self, z_t):
-        """Text latent z_t (B, N, d) -> the tokens y_hat (B, N) of largest dot product with E, eq. 8."""
-        return (z_t.float() @ self.embedding_matrix().T).argmax(-1) if self.config.text_flow == "embedding" else z_t  # eq. 8
+        """Text latent z_t (B, N, d) -> y_hat (B, N), the tokens of largest dot product with E."""
+        return (z_t.float() @ self.embedding_matrix().T).argmax(-1)         # eq. 8
 
-    def check(self, z_v, z_t, tau_v, tau_t, c):
-        """Raises ValueError, with the shape found and the shape wanted, on inputs that do not fit together."""
-        cfg, b = self.config, len(z_v)
-        if z_v.ndim != 5 or z_v.shape[1] != cfg.in_dim or any(s % p or not s for s, p in zip(z_v.shape[2:], cfg.patch_size)):
-            raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
-        if c is None or c.ndim != 3 or len(c) != b or c.shape[1] > cfg.prompt_len or c.shape[2] != cfg.prompt_dim:
-            raise ValueError(f"c has shape {None if c is None else tuple(c.shape)}, wanted ({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
-        last = (cfg.text_dim,) if cfg.text_flow == "embedding" else ()
-        if z_t is not None and (z_t.ndim != 2 + len(last) or len(z_t) != b or z_t.shape[2:] != last):
-            raise ValueError(f"z_t has shape {tuple(z_t.shape)}, wanted ({', '.join(map(str, (b, 'N', *last)))})")
-        for name, tau in (("tau_v", tau_v), ("tau_t", tau_t if z_t is not None else tau_v)):
-            if tau is None or tau.shape != (b,):
-                raise ValueError(f"{name} has shape {None if tau is None else tuple(tau.shape)}, wanted ({b},)")
-
-    def forward(self, z_v, z_t, tau_v, tau_t, c, memory=None):
+    def forward(self, z_v, z_t, tau_v, tau_t, c, *, remember=False):
         """Both velocities at one point of the two paths (eq. 10).
 
-        z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,) in [0, 1], c (B, <= L, prompt_dim). Returns v_v, v_t, shaped as
-        z_v (with out_dim channels), z_t. With z_t = tau_t = None it is the plain video generator, and v_t is None. In the
-        discrete flow z_t is y (B, N) int64, and v_t the logits (B, N, V) of the clean tokens. memory: for each block a
-        pair of empty lists, which get the keys and values of video and prompt; called again with it, only the text's tokens run, and v_v is None. Raises ValueError on shapes that do not fit.
+        z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,), c (B, at most L, prompt_dim). Returns
+        v_v (B, out_dim, F, H, W), v_t (B, N, d) and, with `remember`, each block's Memory of video
+        and prompt, for text_alone(). With z_t = tau_t = None it is the plain video generator, and
+        v_t is None. Raises ValueError for shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
-        cfg, device = self.config, z_v.device
-        head_dim = cfg.dim // cfg.num_heads
-        h_v = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))                # (B, dim, f, h, w)
-        grid = tuple(h_v.shape[2:])
-        h = [rearrange(h_v, "b c f h w -> b (f h w) c").float().contiguous()]                # (B, n_v, dim); else all blocks copy before each norm
-        e = [self.time_embedding(sinusoid(tau_v, cfg.freq_dim))]                             # (B, dim)
-        e6 = [self.time_projection(e[0]).unflatten(1, (6, -1))]                              # (B, 6, dim)
-        rope = [(*video_rope(grid, head_dim, device), "adjacent")]
-        c = F.pad(c, (0, 0, 0, cfg.prompt_len - c.shape[1]))                                 # (B, L, prompt_dim); padding is seen, as in Wan
-        remembered = bool(memory and memory[0][0])
-        if remembered:                                                                       # no token of video or prompt is left to compute
-            h[0], rope[0], c = h[0][:, :0], (*(angles[:0] for angles in rope[0][:2]), "adjacent"), c[:, :0]
+        streams = {"v": self.video_stream(z_v, tau_v)}
         if z_t is not None:
-            h.append((self.text_in(z_t) if cfg.text_flow == "embedding" else self.token_embedding(z_t)).float())  # (B, N, dim)
-            e.append(self.time_embedding_t(sinusoid(tau_t, cfg.freq_dim)))
-            e6.append(self.time_projection_t(e[1]).unflatten(1, (6, -1)))
-            rope.append((*text_rope(z_t.shape[1], head_dim, device), "halves"))
-        c = self.text_embedding(c)                                                           # (B, L, dim)
+            streams["t"] = self.text_stream(z_t, tau_t)
+        h, e, modulation, rope = (dict(zip(streams, s)) for s in zip(*streams.values()))
+        c = F.pad(c, (0, 0, 0, self.config.prompt_len - c.shape[1]))        # Wan sees padding
+        c = self.text_embedding(c)                              # (B, L, dim)
 
-        for i, block in enumerate(self.blocks):
-            h = block(h, e6, c, rope, memory and memory[i])                                  # h_v, h_t
+        memory = []
+        for block in self.blocks:
+            h, kept = block(h, modulation, c, rope, None, remember)         # eq. 14, eq. 15
+            memory.append(kept)
 
-        (f, h_, w), (pf, ph, pw) = grid, cfg.patch_size
-        v_v = None if remembered else -rearrange(self.head(h[0], e[0]), "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-                         f=f, h=h_, w=w, pf=pf, ph=ph, pw=pw)       # Wan's head gives noise - data; a velocity is data - noise
-        if z_t is None:
-            return v_v, None
-        v_t = self.head_t(h[1], e[1])                                                        # the discrete flow's logits stay as they are
-        if cfg.text_flow == "embedding" and cfg.text_output == "x1":                         # x1_hat implies a velocity; unclamped, errors near
-            v_t = (v_t - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)                 # data would be divided by 0
-        return v_v, v_t
+        v_v = -self.unpatchify(self.head(h["v"], e["v"]), z_v.shape[2:])    # data - noise
+        v_t = None
+        if z_t is not None:
+            v_t = self.text_velocity(self.head_t(h["t"], e["t"]), z_t, tau_t)
+        return (v_v, v_t, memory) if remember else (v_v, v_t)   # eq. 10
 
+    def text_alone(self, z_t, tau_t, memory):
+        """v_t (B, N, d) at another z_t and tau_t, beside the video and prompt that `memory` holds.
 
-# ---------------------------------------------------------------- two text flows behind one interface: noise, noisy, loss, step
+        Only the text's tokens are computed. memory: what forward returned with `remember`.
+        """
+        text = self.text_stream(z_t, tau_t)
+        h = {"t": text.h}
+        for block, kept in zip(self.blocks, memory):
+            h, _ = block(h, {"t": text.modulation}, None, {"t": text.rope}, kept)
+        return self.text_velocity(self.head_t(h["t"], text.e), z_t, tau_t)
 
-class EmbeddingFlow:
-    """The paper's text flow: z_t (B, N, d) travels from Gaussian noise to token embeddings, just as the video does."""
+    def video_stream(self, z_v, tau_v):
+        """z_v (B, C, F, H, W) and its clock (B,) as a Stream of n_v = f h w tokens."""
+        e = self.time_embedding(sinusoid(tau_v, self.config.freq_dim))      # (B, dim)
+        modulation = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, dim)
+        h = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))     # (B, dim, f, h, w)
+        angles = video_rope(tuple(h.shape[2:]), self.config.head_dim, z_v.device)
+        h = rearrange(h, "b c f h w -> b (f h w) c").float()    # (B, n_v, dim)
+        return Stream(h.contiguous(), e, modulation, (*angles, "adjacent"))     # else norms copy
 
-    @staticmethod
-    def noise(model, like, n, generator=None):
-        """z_t0 (B, N, d) for the batch of `like`, on its device."""
-        return noise_like(like.new_empty(len(like), n, model.config.text_dim, dtype=torch.float32), generator)
+    def text_stream(self, z_t, tau_t):
+        """z_t (B, N, d) and its clock (B,) as a Stream of N tokens."""
+        e = self.time_embedding_t(sinusoid(tau_t, self.config.freq_dim))    # (B, dim)
+        modulation = self.time_projection_t(e).unflatten(1, (6, -1))        # (B, 6, dim)
+        angles = text_rope(z_t.shape[1], self.config.head_dim, z_t.device)
+        return Stream(self.embed_text(z_t).float(), e, modulation, (*angles, "halves"))
 
-    @staticmethod
-    def noisy(model, y, tau_t, generator=None):
-        """Tokens y at clock tau_t -> z_t and its target velocity u_t."""
-        z_t1 = model.embed(y)                                       # (B, N, d)
-        return path(noise_like(z_t1, generator), z_t1, tau_t)       # eq. 7, eq. 9
+    def embed_text(self, z_t):
+        """z_t (B, N, d) -> (B, N, dim)."""
+        return self.text_in(z_t)
 
-    @staticmethod
-    def loss(model, v_t, z_t, u_t, y, tau_t, anchor, kind=None):
-        """Squared velocity error and anchor cross-entropy of the token that the velocity points to, (B,) each."""
-        ce = torch.zeros_like(tau_t)
-        if anchor:
-            z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
-            logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5
-            ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
-        return (v_t - u_t).square().flatten(1).sum(1), ce
+    def text_velocity(self, out, z_t, tau_t):
+        """The text head's output -> v_t. A predicted data point implies the velocity to it."""
+        if self.config.text_output == "velocity":
+            return out
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)   # bounded near data
 
-    @staticmethod
-    def step(z_t, v_t, tau, after, share=None, generator=None):
-        """One Euler step from clock tau to clock after (share: see DiscreteFlow)."""
-        return z_t + (after - tau) * v_t                            # eq. 16, eq. 18
+    def unpatchify(self, x, size):
+        """(B, n_v, patch x out_dim) -> (B, out_dim, F, H, W), size (F, H, W)."""
+        pf, ph, pw = self.config.patch_size
+        f, h, w = (s // p for s, p in zip(size, self.config.patch_size))
+        return rearrange(x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+                         f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
+    def text_shape(self):
+        """The shape of a text token's state."""
+        return (self.config.text_dim,)
 
-class DiscreteFlow:
-    """Discrete flow matching over token ids (Gat et al., arXiv 2407.15595), the published weights' text flow (not the paper's). On its mixture
-    path, kappa(tau) = tau, a token is clean with probability tau, else uniformly random; the network gives logits of the clean token."""
-
-    @staticmethod
-    def noise(model, like, n, generator=None):
-        """y_0 (B, N): every token uniformly random."""
-        device = generator.device if generator else "cpu"
-        return send(torch.randint(model.config.vocab_size, (len(like), n), generator=generator, device=device), like.device)
-
-    @staticmethod
-    def noisy(model, y, tau_t, generator=None):
-        """Tokens y at clock tau_t -> y_t on the mixture path, and y, the target of its logits."""
-        clean = send(torch.rand(y.shape, generator=generator), tau_t.device) < tau_t[:, None]
-        return torch.where(clean, y, DiscreteFlow.noise(model, y, y.shape[1], generator)), y
-
-    @staticmethod
-    def loss(model, logits, y_t, target, y, tau_t, anchor, kind="cross-entropy"):
-        """Per sample (B,), summed over tokens: "cross-entropy", or "generalised-kl", whose mean over uniform tau would bound -log p(y) but for
-        the clamp. No anchor is needed. Raises ValueError for another kind."""
-        if kind not in ("cross-entropy", "generalised-kl"):
-            raise ValueError(f"discrete_loss is {kind!r}, wanted 'cross-entropy' or 'generalised-kl'")
-        log_p = F.log_softmax(logits.float(), dim=-1)               # (B, N, V)
-        of = lambda tokens: log_p.gather(2, tokens[..., None])[..., 0]                       # (B, N)
-        if kind == "cross-entropy":
-            return -of(y).sum(1), torch.zeros_like(tau_t)
-        same, rate = (y_t == y).float(), 1 / (1 - tau_t).clamp(min=0.05)                     # a jump's rate grows without bound near data
-        return rate * (same - of(y_t).exp() - (1 - same) * of(y)).sum(1), torch.zeros_like(tau_t)
-
-    @staticmethod
-    def step(y_t, logits, tau, after, share=None, generator=None):
-        """Each token is redrawn from the posterior with probability share; None: (after - tau) / (1 - tau), the path's own Euler step."""
-        share = (after - tau) / (1 - tau) if share is None else share
-        u, coin = torch.rand(2, *y_t.shape, generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64).to(y_t.device)
-        cdf = logits.double().softmax(-1).cumsum(-1)                # (B, N, V)
-        drawn = torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True)[..., 0].clamp(max=cdf.shape[-1] - 1)
-        return torch.where(coin < share, drawn, y_t)
+    def check(self, z_v, z_t, tau_v, tau_t, c):
+        """Raises ValueError, with the shapes found and wanted, on inputs that do not fit."""
+        cfg, b = self.config, len(z_v)
+        sizes = zip(z_v.shape[2:], cfg.patch_size)
+        whole = z_v.ndim == 5 and all(s and s % p == 0 for s, p in sizes)
+        expect("z_v", z_v, whole and z_v.shape[1] == cfg.in_dim,
+               f"(B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
+        fits = c is not None and c.ndim == 3 and len(c) == b and c.shape[1] <= cfg.prompt_len
+        expect("c", c, fits and c.shape[2] == cfg.prompt_dim,
+               f"({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
+        expect("tau_v", tau_v, tau_v is not None and tau_v.shape == (b,), f"({b},)")
+        if z_t is not None:
+            last = self.text_shape()
+            fits = z_t.ndim > 1 and len(z_t) == b and z_t.shape[2:] == last
+            expect("z_t", z_t, fits, f"({', '.join(map(str, (b, 'N', *last)))})")
+            expect("tau_t", tau_t, tau_t is not None and tau_t.shape == (b,), f"({b},)")
 
 
-TEXT_FLOWS = {"embedding": EmbeddingFlow, "discrete": DiscreteFlow}
+def expect(name, x, good, wanted):
+    """Raises ValueError unless the tensor x, or None, is good."""
+    if not good:
+        found = None if x is None else tuple(x.shape)
+        raise ValueError(f"{name} has shape {found}, wanted {wanted}")
 
 
-# ---------------------------------------------------------------- training: one loss for both flows
+# -------------------------------------------------------- training: one loss for both flows
 
-# Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate() always are. So,
-# clocks="mixture": share of a batch on each line of the (tau_v, tau_t) square, and how often the prompt is dropped there (None: p_drop, so that
-# the text is read off the video, not copied from the prompt; elsewhere the prompt is part of the task, dropped for guidance only).
-MIXTURE = {"understand": (0.25, None),    # tau_v = 1, tau_t runs; only the text is learned
-           "generate": (0.40, 0.1),       # tau_t = 1, tau_v runs; only the video is learned
-           "joint": (0.25, 0.1),          # both run together, on the line tau_t = warp(tau_v, text_shift) that joint() walks by default
-           "independent": (0.10, None)}   # anywhere
+# Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate()
+# always are. So clocks="mixture" gives each line of the (tau_v, tau_t) square a share of the batch,
+# and says how often the prompt is dropped there. None is p_drop, so that the text is read off the
+# video, not copied from the prompt; elsewhere the prompt is part of the task.
+MIXTURE = {
+    "understand": (0.25, None),
+    "generate": (0.40, 0.1),
+    "joint": (0.25, 0.1),
+    "independent": (0.10, None),
+}
 
 
-def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None):
-    """Draws both clocks of a batch, and which losses and prompts count.
+# Both clocks of a batch, which losses count (a clean modality has nothing to learn), and which
+# prompts stay; (B,) each.
+Clocks = namedtuple("Clocks", "tau_v tau_t loss_mask_v loss_mask_t keep_prompt")
 
-    kind: "independent", uniform (the paper's at text_shift 1); "logit-normal", the video's clock mostly between .2 and .7, where a video's
-    content is decided, for training a generator from nothing; "mixture", see MIXTURE. Returns tau_v, tau_t (B,) in [0, 1];
-    on_v, on_t (B,) in {0, 1}: whether this modality's loss counts (a clean modality has nothing to learn);
-    keep (B,) in {0, 1}: whether the prompt stays. One coin per sample, never one per batch. p_drop in [0, 1]. Raises ValueError for another kind.
+
+def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixture=MIXTURE):
+    """Draws both clocks of a batch. One coin decides for each sample, never one for the batch.
+
+    kind: "independent", the paper's; "logit-normal", the video's clock mostly between .2 and .7,
+    where a video's content is decided, for a generator that starts from nothing; or "mixture",
+    lines with their shares and prompt dropout. p_drop in [0, 1]. Raises ValueError for other kinds.
     """
+    kinds = {"mixture": mixture} | {k: {k: (1.0, None)} for k in ("independent", "logit-normal")}
+    if kind not in kinds:
+        raise ValueError(f"clocks is {kind!r}, wanted one of {', '.join(kinds)}")
     r_v, r_t, coin, r_line = torch.rand(4, batch, generator=generator)
-    on = torch.ones(batch)
-    if kind == "independent":
-        return r_v, warp(r_t, text_shift), on, on, (coin >= p_drop).float()                  # eq. 9: ~ U(0, 1) at text_shift 1
-    if kind == "logit-normal":
-        return torch.sigmoid(torch.special.ndtri(r_v) - 0.4), warp(r_t, text_shift), on, on, (coin >= p_drop).float()
-    if kind != "mixture":
-        raise ValueError(f"clocks is {kind!r}, wanted 'independent', 'logit-normal' or 'mixture'")
-    share = torch.tensor([s for s, _ in MIXTURE.values()]).cumsum(0)
-    line = torch.searchsorted(share, r_line).clamp(max=len(MIXTURE) - 1)
-    drop = torch.tensor([p_drop if p is None else p for _, p in MIXTURE.values()])[line]
-    is_ = {name: line == i for i, name in enumerate(MIXTURE)}
-    tau_t = warp(torch.where(is_["joint"], r_v, r_t), text_shift)
-    tau_v, tau_t = r_v.masked_fill(is_["understand"], 1.0), tau_t.masked_fill(is_["generate"], 1.0)
-    return tau_v, tau_t, on - is_["understand"].float(), on - is_["generate"].float(), (coin >= drop).float()
+    one, zero, normal = torch.ones(batch), torch.zeros(batch), torch.special.ndtri(r_v) - 0.4
+    warped_v, warped_t = warp(r_v, text_shift), warp(r_t, text_shift)
+    lines = {  #                tau_v                  tau_t     video's loss  text's loss
+        "understand":   (one,                   warped_t, zero,         one),
+        "generate":     (r_v,                   one,      one,          zero),
+        "joint":        (r_v,                   warped_v, one,          one),
+        "independent":  (r_v,                   warped_t, one,          one),   # eq. 9
+        "logit-normal": (torch.sigmoid(normal), warped_t, one,          one),
+    }
+    shares, drops = zip(*kinds[kind].values())
+    line = torch.searchsorted(torch.tensor(shares).cumsum(0), r_line).clamp(max=len(shares) - 1)
+    drop = torch.tensor([p_drop if p is None else p for p in drops])[line]
+    columns = zip(*(lines[name] for name in kinds[kind]))
+    chosen = (torch.stack(column)[line, torch.arange(batch)] for column in columns)
+    return Clocks(*chosen, keep_prompt=(coin >= drop).float())
 
 
-def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="independent", lambda_v=1.0, lambda_t=None, anchor=0.1,
-                  discrete_loss="cross-entropy", generator=None):
-    """The uni-flow objective on one batch, eq. 6 to 11. One sample, one pair of clocks, one coin for its prompt.
+def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="independent",
+                  mixture=MIXTURE, lambda_v=1.0, lambda_t=None, anchor=0.1, generator=None):
+    """The uni-flow objective on one batch, eq. 6 to 11. Each sample has its own clocks and coin.
 
-    z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain video generator (eq. 2);
-    c (B, <= L, prompt_dim) prompts, replaced by c_null (zeros by default) with probability p_drop per sample.
-    lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the cross-entropy that keeps z_t on E's rows (0 = paper).
-    clocks: see sample_clocks; without text, "mixture" is "independent". discrete_loss: see DiscreteFlow.loss. generator: a CPU torch.Generator for clocks, coins and
-    noise. Raises ValueError for y that is not (B, N). Returns total (a scalar: eq. 11 divided by the number of
-    entries of a video latent, plus the anchor) and a dict of detached parts: "video", "text" (mean squared velocity error
-    of an entry, or the discrete loss of a token, per sample (B,), 0 where on_* is 0), "anchor" (B,), with "tau_v", "tau_t", "on_v", "on_t" (B,). With y None:
-    the mean of eq. 2, and "video", "tau_v", "on_v" alone.
+    z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain
+    video generator (eq. 2); c (B, at most L, prompt_dim) prompts, replaced by c_null (default:
+    zeros) with probability p_drop. clocks, mixture: see sample_clocks; without text, "mixture" is
+    "independent". lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the
+    cross-entropy that keeps z_t near E's rows (0 = the paper). generator: a CPU torch.Generator.
+
+    Returns the total, a scalar: eq. 11 divided by the number of entries of a video latent, plus the
+    anchor; and a dict of detached parts, (B,) each: "video" and "text", the mean squared error of a
+    velocity's entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t".
+    With y None: the mean of eq. 2, and "video", "tau_v", "loss_mask_v". Raises ValueError for y of
+    another shape.
     """
-    b, device = len(z_v1), z_v1.device
-    text_flow, shift = TEXT_FLOWS[model.config.text_flow], model.config.text_shift
+    b, device, flow = len(z_v1), z_v1.device, model.text_flow
     if y is None:
-        clocks = "independent" if clocks == "mixture" else clocks    # without text there are no lines to mix
-    elif y.shape[:1] != (b,) or y.ndim != 2:
+        clocks = "independent" if clocks == "mixture" else clocks  # without text there are no lines
+    elif y.ndim != 2 or len(y) != b:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
-    tau_v, tau_t, on_v, on_t, keep = (send(s, device) for s in sample_clocks(clocks, b, shift, p_drop, generator))
+    drawn = sample_clocks(clocks, b, model.config.text_shift, p_drop, generator, mixture)
+    tau_v, tau_t, mask_v, mask_t, keep = (to_device(s, device) for s in drawn)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
-    z_v, u_v = path(noise_like(z_v1, generator), z_v1, tau_v)       # eq. 6, eq. 9
+    z_v, u_v = interpolate(noise_like(z_v1, generator), z_v1, tau_v)        # eq. 6, eq. 9
     if y is None:
         v_v, _ = model(z_v, None, tau_v, None, c)
-        loss_v = (v_v - u_v).square().flatten(1).mean(1)            # eq. 2
-        return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v, on_v=torch.ones_like(tau_v))
+        loss_v = (v_v - u_v).square().flatten(1).mean(1)        # eq. 2
+        return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v,
+                                   loss_mask_v=torch.ones_like(tau_v))
 
-    z_t, u_t = text_flow.noisy(model, y, tau_t, generator)          # eq. 7, eq. 9
-    v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                     # eq. 10
-    se_v = on_v * (v_v - u_v).square().flatten(1).sum(1)            # (B,) squared norms
-    se_t, ce = (on_t * x for x in text_flow.loss(model, v_t, z_t, u_t, y, tau_t, anchor, discrete_loss))
-    n_v = z_v1[0].numel() / (z_v1.shape[1] * math.prod(model.config.patch_size))             # |z_v| in tokens
-    lambda_t = n_v / y.shape[1] if lambda_t is None else lambda_t   # |z_v| / |z_t|: each modality's token mean weighs the same
-    flow = (lambda_v * se_v + lambda_t * se_t).mean()               # eq. 11
-    total = flow / z_v1[0].numel() + anchor * ce.mean()
-    return total, dict(video=se_v.detach() / z_v1[0].numel(), text=se_t.detach() / u_t[0].numel(), anchor=ce.detach(),
-                       tau_v=tau_v, tau_t=tau_t, on_v=on_v, on_t=on_t)
+    z_t, u_t = flow.corrupt(model, y, tau_t, generator)         # eq. 7, eq. 9
+    v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                 # eq. 10
+    se_v = mask_v * (v_v - u_v).square().flatten(1).sum(1)      # (B,)
+    se_t, ce = (mask_t * x for x in flow.loss(model, v_t, z_t, u_t, y, tau_t, anchor))  # (B,)
+    entries, patch = z_v1[0].numel(), math.prod(model.config.patch_size)
+    tokens_v = entries / (z_v1.shape[1] * patch)                # |z_v|
+    lambda_t = tokens_v / y.shape[1] if lambda_t is None else lambda_t      # |z_v| / |z_t|
+    total = (lambda_v * se_v + lambda_t * se_t).mean() / entries            # eq. 11
+    total = total + anchor * ce.mean()
+    return total, dict(video=se_v.detach() / entries, text=se_t.detach() / u_t[0].numel(),
+                       anchor=ce.detach(), tau_v=tau_v, tau_t=tau_t,
+                       loss_mask_v=mask_v, loss_mask_t=mask_t)
 
 
-# ---------------------------------------------------------------- inference: three modes, the same Euler steps
+# -------------------------------------------------------- sampling: three modes, the same Euler steps
 
 def clock_grid(steps, shift):
-    """The times an Euler solver visits: (steps + 1,) from 0 to 1, equal steps warped. Raises ValueError for steps < 1, shift <= 0."""
+    """The times an Euler solver visits: steps + 1 floats from 0 to 1, equal steps warped.
+
+    Raises ValueError for steps < 1 and for shift <= 0.
+    """
     if steps < 1 or shift <= 0:
         raise ValueError(f"steps is {steps}, shift is {shift}: wanted at least 1, and above 0")
-    return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+    return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def velocities(model, state, guidance, null_v=None, null_t=None):
-    """v = v_null + guidance (v_cond - v_null) for each modality that runs, all in one forward pass; 1 = conditional, 0 = unconditional.
+# A point of the two paths and its prompt: what the network is given.
+Point = namedtuple("Point", "z_v z_t tau_v tau_t c")
 
-    A modality at tau = 0 is pure noise and tells nothing: that is how the other one is made unconditional, without an extra token.
-    state: dict of z_v, z_t, tau_v, tau_t, c in this order; null_v, null_t: the entries of it that differ where the video, the text is unconditional.
+
+def stack(point, *nulls):
+    """One batch of a point and, after it, the same point with each null's entries."""
+    passes = zip(point, *(point._replace(**null) for null in nulls))
+    return Point(*(None if x[0] is None else join(x, dim=0) for x in passes))
+
+
+def guide(v, guidance, passes=2, null=1):
+    """Guidance: v_null + guidance (v_cond - v_null); 1 = conditional, 0 = unconditional.
+
+    v: the velocities of a stacked batch; null: which of its passes is the unconditional one. A
+    modality at tau = 0 is pure noise and tells nothing: so the other one is made unconditional.
     """
     if guidance == 1:
-        return model(*state.values())
-    passes = [{}] + [null for null in (null_v, null_t) if null is not None]
-    v_v, v_t = model(*[None if s is None else torch.cat([null.get(name, s) for null in passes]) for name, s in state.items()])
-    guided = lambda v, null: null + guidance * (v - null)
-    if null_v is not None:
-        v_v = guided(*v_v.chunk(len(passes))[:2])
-    if null_t is not None:
-        v_t = guided(v_t.chunk(len(passes))[0], v_t.chunk(len(passes))[-1])
-    return v_v, v_t
+        return v
+    v = v.chunk(passes)
+    return v[null] + guidance * (v[0] - v[null])
 
 
 @torch.no_grad()
-def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None, reuse_video=False, generator=None, callback=None):
-    """Video -> text: the video is clean (tau_v = 1) and only the text's clock runs (eq. 16).
+def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length=None,
+               reuse_video=False, generator=None, callback=None):
+    """Video -> text: the video is clean (tau_v = 1), and only the text's clock runs (eq. 16).
 
-    z_v (B, C, F, H, W) clean latents; c (B, <= L, prompt_dim) or None for no prompt; length N, shift: the model's own by
-    default. guidance contrasts with a video of pure noise. reuse_video: the keys and values of video and prompt are those of the first
-    step, and the others run the text's tokens alone. callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns y_hat (B, N) int64.
-    Raises ValueError for steps < 1, shift <= 0, and shapes that do not fit.
+    z_v (B, C, F, H, W) clean latents; c (B, at most L, prompt_dim), or None for no prompt. length N
+    and shift: the model's own by default. guidance contrasts with a video of pure noise.
+    reuse_video: keys and values of video and prompt are those of the first step, and the other
+    steps compute the text's tokens alone. callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state
+    after k = 0, 1, ... steps and the velocities that led there (None for a given modality and for
+    k = 0). Returns y_hat (B, N) int64. Raises ValueError for steps < 1, shift <= 0 and shapes that
+    do not fit.
     """
-    cfg, b = model.config, len(z_v)
+    cfg, b, flow, memory = model.config, len(z_v), model.text_flow, None
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
     one, zero = torch.ones(b, device=z_v.device), torch.zeros(b, device=z_v.device)
-    text_flow = TEXT_FLOWS[cfg.text_flow]
-    z_t = text_flow.noise(model, z_v, length or cfg.text_len, generator)
-    null = None if guidance == 1 else dict(z_v=noise_like(z_v, generator), tau_v=zero)
-    network = partial(model, memory=[([], []) for _ in model.blocks]) if reuse_video else model
-    grid = clock_grid(steps, cfg.text_shift if shift is None else shift).tolist()
-    for i, (tau, after) in enumerate(zip(grid, grid[1:])):
-        _, v_t = velocities(network, dict(z_v=z_v, z_t=z_t, tau_v=one, tau_t=zero + tau, c=c), guidance, null_t=null)
-        z_t = text_flow.step(z_t, v_t, tau, after, generator=generator)                      # eq. 16
+    z_t = flow.noise(model, z_v, length or cfg.text_len, generator)
+    nulls = [] if guidance == 1 else [dict(z_v=noise_like(z_v, generator), tau_v=zero)]
+    grid = clock_grid(steps, cfg.text_shift if shift is None else shift)
+    if callback:
+        callback(0, 1.0, grid[0], z_v, z_t, None, None)
+    for k, (tau, tau_next) in enumerate(zip(grid, grid[1:]), 1):
+        seen = stack(Point(z_v, z_t, one, zero + tau, c), *nulls)
+        if memory:
+            v_t = model.text_alone(seen.z_t, seen.tau_t, memory)
+        elif reuse_video:
+            _, v_t, memory = model(*seen, remember=True)
+        else:
+            _, v_t = model(*seen)
+        v_t = guide(v_t, guidance)
+        z_t = flow.step(z_t, v_t, tau, tau_next, generator)     # eq. 16
         if callback:
-            callback(i, 1.0, after, z_v, z_t)
+            callback(k, 1.0, tau_next, z_v, z_t, None, v_t)
     return model.decode(z_t)
 
 
 @torch.no_grad()
-def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=None, keep_text=False, generator=None, callback=None):
-    """Text -> video: the text is clean (tau_t = 1) and only the video's clock runs (eq. 17).
+def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=None,
+             keep_text=False, generator=None, callback=None):
+    """Text -> video: the text is clean (tau_t = 1), and only the video's clock runs (eq. 17).
 
-    y (B, N) int64 tokens, or None for the plain video generator, which reads c alone (eq. 3); c (B, <= L, prompt_dim);
-    shape (C, F, H, W) of one latent. guidance contrasts with no prompt (c_null, zeros by default) and a text of pure noise,
-    or, with keep_text, as the published weights do, the same clean text.
-    callback(i, tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W). Raises as understand does.
+    y (B, N) int64 tokens, or None for the plain video generator, which reads c alone (eq. 3);
+    c (B, at most L, prompt_dim); shape (C, F, H, W) of a latent. guidance contrasts with no prompt
+    (c_null, default: zeros) and a text of pure noise or, with keep_text, the same clean text.
+    callback: see understand. Returns z_v (B, C, F, H, W). Raises as understand does.
     """
-    b = len(c)
+    b, flow = len(c), model.text_flow
     one, zero = torch.ones(b, device=c.device), torch.zeros(b, device=c.device)
     z_v = noise_like(c.new_empty(b, *shape, dtype=torch.float32), generator)
     z_t, tau_t = (None, None) if y is None else (model.embed(y), one)
-    null = None if guidance == 1 else dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))
-    if null and y is not None and not keep_text:
-        null |= dict(z_t=TEXT_FLOWS[model.config.text_flow].noise(model, c, y.shape[1], generator), tau_t=zero)
-    grid = clock_grid(steps, shift).tolist()
-    for i, (tau, after) in enumerate(zip(grid, grid[1:])):
-        v_v, _ = velocities(model, dict(z_v=z_v, z_t=z_t, tau_v=zero + tau, tau_t=tau_t, c=c), guidance, null_v=null)
-        z_v = z_v + (after - tau) * v_v                             # eq. 17 (eq. 3 without text)
+    nulls = []
+    if guidance != 1:
+        nulls = [dict(c=torch.zeros_like(c) if c_null is None else c_null.expand_as(c))]
+        if y is not None and not keep_text:
+            nulls[0] |= dict(z_t=flow.noise(model, c, y.shape[1], generator), tau_t=zero)
+    grid = clock_grid(steps, shift)
+    if callback:
+        callback(0, grid[0], 1.0, z_v, z_t, None, None)
+    for k, (tau, tau_next) in enumerate(zip(grid, grid[1:]), 1):
+        seen = stack(Point(z_v, z_t, zero + tau, tau_t, c), *nulls)
+        v_v = guide(model(*seen)[0], guidance)
+        z_v = z_v + (tau_next - tau) * v_v                      # eq. 17; eq. 3 without text
         if callback:
-            callback(i, after, 1.0, z_v, z_t)
+            callback(k, tau_next, 1.0, z_v, z_t, v_v, None)
     return z_v
 
 
+@singledispatch                                                 # published weights have their own
 @torch.no_grad()
-def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None, length=None, generator=None, callback=None):
-    """Prompt -> video and text: both start as noise and both clocks run (eq. 18), each on its own grid.
+def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None,
+          length=None, generator=None, callback=None):
+    """Prompt -> video and text: both start as noise and both clocks run, each on its grid (eq. 18).
 
-    c (B, <= L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the text's (default: shift times the model's own, which
-    is eq. 18's one clock where that is 1). guidance contrasts each modality with no prompt and pure noise in place of the other. callback(i,
-    tau_v, tau_t, z_v, z_t) after each step. Returns z_v (B, C, F, H, W), y_hat (B, N). Raises as understand does.
+    c (B, at most L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the
+    text's (default: shift times the model's own, which is eq. 18's one clock where that is 1).
+    guidance contrasts each modality with no prompt and pure noise in place of the other. callback:
+    see understand. Returns z_v (B, C, F, H, W), y_hat (B, N). Raises as understand does.
     """
-    cfg, b, n = model.config, len(c), length or model.config.text_len
-    text_flow, zero = TEXT_FLOWS[cfg.text_flow], torch.zeros(b, device=c.device)
+    cfg, b, n, flow = model.config, len(c), length or model.config.text_len, model.text_flow
+    zero = torch.zeros(b, device=c.device)
     z_v = noise_like(c.new_empty(b, *shape, dtype=torch.float32), generator)
-    z_t = text_flow.noise(model, c, n, generator)
-    null_v = null_t = None
+    z_t = flow.noise(model, c, n, generator)
+    nulls = []
     if guidance != 1:
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
-        null_v = dict(z_t=text_flow.noise(model, c, n, generator), tau_t=zero, c=no_c)
-        null_t = dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)
-    text_shift = shift * cfg.text_shift if text_shift is None else text_shift                # warps multiply: tau_t = warp(tau_v, cfg.text_shift)
-    grid_v, grid_t = clock_grid(steps, shift).tolist(), clock_grid(steps, text_shift).tolist()
-    for i in range(steps):
-        state = dict(z_v=z_v, z_t=z_t, tau_v=zero + grid_v[i], tau_t=zero + grid_t[i], c=c)
-        v_v, v_t = velocities(model, state, guidance, null_v, null_t)
-        z_v = z_v + (grid_v[i + 1] - grid_v[i]) * v_v               # eq. 18
-        share = i / (steps - 1) if steps > 1 else 1.0               # the discrete flow's alone: the published weights' schedule
-        z_t = text_flow.step(z_t, v_t, grid_t[i], grid_t[i + 1], share, generator)           # eq. 18
+        nulls = [dict(z_t=flow.noise(model, c, n, generator), tau_t=zero, c=no_c),  # v_v's
+                 dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)]  # v_t's
+    text_shift = shift * cfg.text_shift if text_shift is None else text_shift   # warps multiply
+    grid_v, grid_t = clock_grid(steps, shift), clock_grid(steps, text_shift)
+    if callback:
+        callback(0, grid_v[0], grid_t[0], z_v, z_t, None, None)
+    for k in range(1, steps + 1):
+        (tau_v, next_v), (tau_t, next_t) = grid_v[k - 1:k + 1], grid_t[k - 1:k + 1]
+        v_v, v_t = model(*stack(Point(z_v, z_t, zero + tau_v, zero + tau_t, c), *nulls))
+        v_v, v_t = guide(v_v, guidance, passes=3, null=1), guide(v_t, guidance, passes=3, null=2)
+        z_v = z_v + (next_v - tau_v) * v_v                      # eq. 18
+        z_t = flow.step(z_t, v_t, tau_t, next_t, generator)     # eq. 18
         if callback:
-            callback(i, grid_v[i + 1], grid_t[i + 1], z_v, z_t)
-    if cfg.text_flow == "discrete":                                 # its tokens were drawn without seeing each other: a last look
-        z_t = model(z_v, z_t, zero + 1, zero + 1, c)[1].argmax(-1)
+            callback(k, next_v, next_t, z_v, z_t, v_v, v_t)
     return z_v, model.decode(z_t)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import toy.experiments
 import train
+import univigu
 from toy import shapes
 
 pytestmark = pytest.mark.usefixtures("one_codec")
@@ -213,7 +214,7 @@ def below(name, breaks):
     ("generate", write("config.json", [1]), "config.json lacks dim"),
     ("generate", write("config.json", DEEP), "config.json cannot be read recursion"),
     ("generate", write("config.json", json.dumps({"dim": 24}).encode("utf-16")), "config.json cannot be read utf-8"),
-    ("generate", change("config.json", text_shift=float("nan")), "c text_shift nan wanted finite"),
+    ("generate", change("config.json", text_shift=float("nan")), "c text_shift nan wanted 0.001"),
     ("generate", change("config.json", dim="24"), "c cannot be read '"),
     ("generate", change("config.json", num_layers=10**9), "c num_layers is 1000000000 wanted 1 to 1000"),
     ("generate", change("config.json", text_len=10**5), "c text_len 100000 'toy' has 16"),
@@ -603,7 +604,7 @@ def test_ctrl_c_while_training_leaves_whole_checkpoints(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, 1) and errors == ""
     (step, folder), *_ = train.checkpoints(tmp_path / "o")
-    train.UniViGU.from_pretrained(folder, strict=True)
+    univigu.UniViGU.from_pretrained(folder, strict=True)
     train.main(["--resume", "--out", str(tmp_path / "o"), "--time-limit", "0.0001"])        # it goes on, and stops at once
     assert train.checkpoints(tmp_path / "o")[-1][0] > step
 

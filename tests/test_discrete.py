@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from univigu import Config, DiscreteFlow, UniViGU, generate, joint, uni_flow_loss, understand
+from univigu import UniViGU, generate, joint, uni_flow_loss, understand
+from wan.published import DiscreteFlow, PublishedConfig, PublishedUniViGU, config_from, latents_of, redraw
+from wan.published import build as build_model
+
+FLOW = DiscreteFlow()
 
 V, N, B = 7, 5, 3
 TINY = dict(dim=32, ffn_dim=40, num_heads=2, num_layers=2, in_dim=3, out_dim=3, freq_dim=12, prompt_dim=10, prompt_len=6, patch_size=(1, 2, 2),
@@ -20,7 +24,7 @@ def seeded(seed):
 
 def build(**changes):
     torch.manual_seed(0)
-    model = UniViGU(Config(**(TINY | changes))).eval()
+    model = build_model(config_from(TINY | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
@@ -32,19 +36,23 @@ def data(b=B):
     return torch.randn(b, 3, 2, 4, 4, generator=g), torch.randint(V, (b, N), generator=g), torch.randn(b, 6, 10, generator=g)
 
 
+def of_kind(kind):
+    return SimpleNamespace(config=SimpleNamespace(discrete_loss=kind))
+
+
 def posterior(y_t, tau):
     """p(y_1 = k | y_t = j), proportional to P[k] (tau [j = k] + (1 - tau) / V), by Bayes."""
     table = P[None] * (tau * torch.eye(V, dtype=torch.float64) + (1 - tau) / V)           # (j, k)
     return (table / table.sum(1, keepdim=True))[y_t]
 
 
-class Exact:
+class Exact(PublishedUniViGU):
     """A model that knows P, and writes down what it was asked."""
 
-    config = SimpleNamespace(vocab_size=V, text_len=N, text_shift=1.0, text_flow="discrete", prompt_len=4, prompt_dim=10)
-    embed = decode = staticmethod(lambda y: y)
+    config = SimpleNamespace(vocab_size=V, text_len=N, text_shift=1.0, prompt_len=4, prompt_dim=10)
 
     def __init__(self):
+        torch.nn.Module.__init__(self)
         self.calls = []
 
     def __call__(self, z_v, y_t, tau_v, tau_t, c):
@@ -61,7 +69,7 @@ def test_a_token_is_clean_with_probability_tau_and_else_uniform(tau):
     n = 40000
     y = torch.full((2, n), 3)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=V))
-    y_t, target = DiscreteFlow.noisy(model, y, torch.tensor([tau, 1.0]), seeded(0))
+    y_t, target = FLOW.corrupt(model, y, torch.tensor([tau, 1.0]), seeded(0))
     assert torch.equal(target, y) and torch.equal(y_t[1], y[1])                             # each sample has its own clock
     share = torch.bincount(y_t[0], minlength=V) / n
     wanted = torch.full((V,), (1 - tau) / V)
@@ -78,7 +86,7 @@ def test_losses_equal_their_formula(kind):
     logits, y, y_t = torch.randn(B, N, V, generator=g), torch.randint(V, (B, N), generator=g), torch.randint(V, (B, N), generator=g)
     y_t[:, :2] = y[:, :2]
     tau = torch.tensor([0.1, 0.6, 0.99])
-    found, anchor = DiscreteFlow.loss(None, logits, y_t, y, y, tau, 0.1, kind)
+    found, anchor = FLOW.loss(of_kind(kind), logits, y_t, y, y, tau, 0.1)
     assert found.shape == (B,) and not anchor.any()
     for b in range(B):
         total = 0.0
@@ -106,7 +114,7 @@ def test_the_exact_posterior_minimises_both_losses(kind):
         for clean in range(V):
             for now in range(V):
                 pair = torch.tensor([[clean]]), torch.tensor([[now]])
-                total = total + p_t[clean, now] * DiscreteFlow.loss(None, logits[now][None, None], pair[1], pair[0], pair[0], tau, 0, kind)[0][0]
+                total = total + p_t[clean, now] * FLOW.loss(of_kind(kind), logits[now][None, None], pair[1], pair[0], pair[0], tau, 0)[0][0]
         return total
 
     best = expected(logits)
@@ -125,7 +133,7 @@ def test_the_total_weighs_tokens_over_tokens():
     wanted = (parts["video"].double() * entries + n_v / N * parts["text"].double() * N).mean() / entries
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert not parts["anchor"].any() and parts["text"].shape == (B,)
-    other, parts = uni_flow_loss(model, z_v, y, c, discrete_loss="generalised-kl", generator=seeded(3))
+    other, parts = uni_flow_loss(build(discrete_loss="generalised-kl"), z_v, y, c, generator=seeded(3))
     assert abs(other - total) > 1e-3
 
 
@@ -147,11 +155,11 @@ def test_the_model_takes_tokens_and_gives_logits():
     moved = model(z_v, y, tau_v, tau_t.flip(0), c)[1]
     assert (moved - logits).abs()[[0, 2]].max() > 1e-3 and (moved - logits)[1].abs().max() < 1e-5
     assert model.embed(y) is y and model.decode(y) is y
-    assert not hasattr(model, "text_in")
+    assert not any("text_in" in name for name in model.state_dict())
     with pytest.raises(ValueError, match=r"z_t has shape \(3, 5, 32\), wanted \(3, N\)"):
         model(z_v, torch.zeros(3, 5, 32), tau_v, tau_t, c)
-    with pytest.raises(ValueError, match="text_dim 32 .* found 8"):
-        Config(**(TINY | dict(text_dim=8)))
+    with pytest.raises(ValueError, match="text_dim is 8, wanted dim 32"):
+        config_from(TINY | dict(text_dim=8))
 
 
 # ---------------------------------------------------------------- the solver
@@ -171,8 +179,8 @@ def test_a_step_redraws_the_share_of_tokens_that_the_mixture_path_asks_for():
     y_t, logits = torch.zeros(200, 100, dtype=torch.int64), torch.full((200, 100, V), -100.0)
     logits[..., 4] = 0
     for tau, after, share in ((0.0, 0.25, 0.25), (0.5, 0.75, 0.5), (0.9, 1.0, 1.0)):
-        assert (DiscreteFlow.step(y_t, logits, tau, after, generator=seeded(0)) == 4).double().mean() == pytest.approx(share, abs=0.015)
-    assert (DiscreteFlow.step(y_t, logits, 0.0, 0.1, share=0.6, generator=seeded(0)) == 4).double().mean() == pytest.approx(0.6, abs=0.015)
+        assert (FLOW.step(y_t, logits, tau, after, generator=seeded(0)) == 4).double().mean() == pytest.approx(share, abs=0.015)
+    assert (redraw(y_t, logits, 0.6, generator=seeded(0)) == 4).double().mean() == pytest.approx(0.6, abs=0.015)
 
 
 def test_joint_shares_one_shifted_grid_redraws_more_and_more_and_ends_with_a_clean_look():
@@ -216,9 +224,29 @@ def test_generate_contrasts_with_no_prompt_and_a_random_or_the_same_text(keep_te
     found = generate(model, y, c, (3, 2, 4, 4), steps=1, guidance=guidance, c_null=no_c[:1] if null_prompt else None, keep_text=keep_text, generator=seeded(0))
     g = seeded(0)
     z_v = torch.randn(2, 3, 2, 4, 4, generator=g)
-    random = DiscreteFlow.noise(model, y, N, g)
+    random = FLOW.noise(model, y, N, g)
     with torch.no_grad():
         v_cond, v_same, v_random = (model(z_v, text, zero, tau_t, prompt)[0] for text, tau_t, prompt in ((y, one, c), (y, one, no_c), (random, zero, no_c)))
     v_null = v_same if keep_text else v_random
     assert (found - (z_v + v_null + guidance * (v_cond - v_null))).abs().max() < 1e-4
     assert (v_same - v_random).abs().max() > 1e-2 < (v_cond - v_null).abs().max()
+
+
+# ---------------------------------------------------------------- the choice
+
+def test_the_config_chooses_the_model():
+    plain = {name: value for name, value in TINY.items() if name != "text_flow"}
+    assert type(build_model(config_from(plain))) is UniViGU
+    assert type(build_model(config_from(TINY))) is PublishedUniViGU
+    assert isinstance(config_from(TINY), PublishedConfig) and latents_of(config_from(TINY)) == "normalised"
+    assert latents_of(config_from(TINY | {"latents": "raw"})) == "raw"
+    for wrong, message in (({"text_flow": "both"}, "text_flow is 'both', wanted one of embedding, discrete"),
+                           ({"text_flow": "embedding", "latents": "raw"}, "latents is 'raw', wanted 'normalised'"),
+                           ({"discrete_loss": "mse"}, "discrete_loss is 'mse', wanted one of cross-entropy, generalised-kl")):
+        with pytest.raises(ValueError, match=message):
+            config_from(TINY | wrong)
+
+
+def test_a_config_file_from_before_is_read():
+    before = TINY | {"latents": "normalised", "text_flow": "embedding", "text_dim": 8}
+    assert type(build_model(config_from(before))) is UniViGU

@@ -27,7 +27,7 @@ def test_every_variant_is_a_run_that_train_accepts(tmp_path):
         assert settings.seed == 1 and settings.eval_clips == 0 and settings.out == str(folder(tmp_path, variant, 1))
         assert settings.init == (str(folder(tmp_path, variant.start, 1) / "generator") if variant.start else "")
         with patched(variant), torch.device("meta"):
-            model = train.UniViGU(config)
+            model = train.build(config)
         world.check(model.config)
 
 
@@ -55,29 +55,32 @@ def test_patches_do_what_they_say():
     config, torch_e = Config(dim=24, ffn_dim=32, text_ffn_dim=32, num_layers=1, text_dim=24), torch.arange(6)[None]
     of = {name: v for (_, name), v in VARIANTS.items()}
     with patched(of["shared FFN"]):
-        model = train.UniViGU(config)
+        model = train.build(config)
         assert model.blocks[0].ffn_t is model.blocks[0].ffn and not any("ffn_t" in name for name in model.state_dict())
     with patched(of["frozen"]):
-        assert not train.UniViGU(config).embed(torch_e).requires_grad
+        assert not train.build(config).embed(torch_e).requires_grad
     with patched(of["centred"]):
-        E = train.UniViGU(config).embedding_matrix()
+        E = train.build(config).embedding_matrix()
         assert E.square().mean(1).allclose(torch.ones(len(E)), atol=1e-4) and E.mean(0).abs().max() < 0.1
     with patched(of["patch"]):
-        model = train.UniViGU(config)
+        model = train.build(config)
         model.start_text()
         z = torch.randn(1, 24)
         assert model.text_in(z).allclose(model.patch_embedding(z[..., None, None, None]).flatten(1), atol=1e-5)
     with patched(of["fixed target"]):
-        z_t, u_t = univigu.EmbeddingFlow.noisy(UniViGU(config), torch_e, torch.full((1,), 0.5))
+        z_t, u_t = train.build(config).text_flow.corrupt(train.build(config), torch_e, torch.full((1,), 0.5))
         assert z_t.requires_grad and not u_t.requires_grad
     with patched(of["256 clips"]):
         assert list(toy.World().dataset("train").batch(3, 128))[:2] == [128, 129]
     with patched(of["one clock"]):
-        tau_v, tau_t, on_v, on_t, keep = univigu.sample_clocks("mixture", 1000, 4.0, 0.5)
+        mixture = train.uni_flow_loss.keywords["mixture"]
+        tau_v, tau_t, on_v, on_t, keep = univigu.sample_clocks("mixture", 1000, 4.0, 0.5, mixture=mixture)
         assert torch.equal(tau_t, univigu.warp(tau_v, 4.0)) and on_v.all() and on_t.all() and 400 < keep.sum() < 600
     with patched(of["p 1"]):
-        assert not univigu.sample_clocks("mixture", 1000, 4.0, 1.0)[-1].any()
-    assert univigu.MIXTURE["generate"][1] == 0.1 and train.UniViGU is UniViGU                # and all of it is undone
+        mixture = train.uni_flow_loss.keywords["mixture"]
+        assert not univigu.sample_clocks("mixture", 1000, 4.0, 1.0, mixture=mixture)[-1].any()
+    assert univigu.MIXTURE["generate"][1] == 0.1 and type(train.build(config)) is UniViGU    # and all of it is undone
+    assert train.uni_flow_loss is univigu.uni_flow_loss
 
 
 def test_verdicts_follow_from_the_numbers():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+import univigu
 from test_train import MODEL
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def test_two_processes_give_the_losses_of_one(flags, one, tmp_path):
     assert "--parallel" not in flags or f"2 processes, {flags[1]}" in output
     assert_same_losses(lines(tmp_path / "run"), lines(one))
     for checkpoint in ("refine", "refine/ema"):
-        a, b = (train.UniViGU.from_pretrained(folder / checkpoint).state_dict() for folder in (tmp_path / "run", one))
+        a, b = (univigu.UniViGU.from_pretrained(folder / checkpoint).state_dict() for folder in (tmp_path / "run", one))
         apart, size = (torch.stack([x.norm() for x in xs]).norm() for xs in ([a[name] - b[name] for name in a], b.values()))
         assert apart < 0.005 * size                                # as one vector: Adam makes full steps of the rounding of gradients near zero
     found, wanted = (json.loads((folder / "results.json").read_text())["loss"]["seen"] for folder in (tmp_path / "run", one))
@@ -256,7 +257,7 @@ def test_a_sample_that_is_no_number_is_left_out_and_named(stage_steps, allowed, 
     if finishes:
         train.main(flags)
         assert [line["skipped"] for line in lines(tmp_path / "run")] == [0] * 3 + [1] * 6 + [2] * 11
-        assert all(torch.isfinite(p).all() for p in train.UniViGU.from_pretrained(tmp_path / "run" / "refine").parameters())
+        assert all(torch.isfinite(p).all() for p in univigu.UniViGU.from_pretrained(tmp_path / "run" / "refine").parameters())
     else:
         with pytest.raises(SystemExit, match="lower the learning rate or mend the clips"):
             train.main(flags)

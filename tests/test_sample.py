@@ -209,7 +209,8 @@ def test_steps_and_guidance_are_honoured(mode, steps, guidance, passes, use, cli
     batches, forward = [], UniViGU.forward
     monkeypatch.setattr(UniViGU, "forward", lambda self, z_v, *rest, **more: batches.append(len(z_v)) or forward(self, z_v, *rest, **more))
     use(mode, *(["--video", "clip.npy"] if mode == "understand" else ["--prompt", PROMPT]), "--steps", steps, "--guidance", guidance)
-    assert batches == [n + (mode == "joint" and n > 1) for n in passes]    # joint has a null pass for each modality
+    wanted = [n + (mode == "joint" and n > 1) for n in passes]      # joint has a null pass for each modality
+    assert batches == (wanted[:1] if mode == "understand" else wanted)      # the other steps run the text alone
 
 
 def test_the_video_is_computed_once_unless_told_otherwise(use, clips, work, monkeypatch):
@@ -289,7 +290,7 @@ def another_world(folder):
 @pytest.mark.parametrize("damage, word", [
     (remove("model.safetensors"), "model.safetensors"), (remove("config.json"), "config.json"), (remove("train.json"), "train.json"),
     (cut("model.safetensors"), "cannot be read"), (cut("config.json"), "cannot be read"), (cut("train.json"), "cannot be read"),
-    (change("config.json", dim=48), "mis-shaped"), (change("config.json", num_layers=2), "missing: blocks.1"), (change("config.json", num_heads=5), "num_heads 5"),
+    (change("config.json", dim=48), "mis-shaped"), (change("config.json", num_layers=2), "missing: blocks.1"), (change("config.json", num_heads=5), "num_heads is"),
     (remove("world.json"), "world.json"), (change("world.json", world="films"), "'films'"),
     (drop_a_tensor, "head_t.head.bias"), (another_world, "in_dim"),
 ], ids=["no weights", "no config", "no train.json", "cut weights", "cut config", "cut train.json", "wider config", "deeper config", "impossible config",
@@ -668,7 +669,7 @@ def test_guidance_and_shift_are_what_wan_recommends_for_the_model_and_flags_win(
 @pytest.mark.parametrize("latents, kept", [("normalised", False), ("raw", True)])
 def test_with_the_published_weights_guidance_leaves_out_the_prompt_alone(latents, kept, checkpoints, use, work, monkeypatch):
     folder, calls, real = shutil.copytree(checkpoints / "refine", work / "copy"), [], sample.generate
-    change("config.json", latents=latents)(folder)
+    monkeypatch.setattr(sample, "latents_of", lambda config: latents)
     monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: calls.append(kwargs["keep_text"]) or real(*args, **kwargs))
     use("generate", "--prompt", PROMPT, "--steps", 1, checkpoint=folder)
     assert calls == [kept]

@@ -405,9 +405,9 @@ def test_each_stage_runs_through_its_own_schedule(whole):
 
 def test_figures_are_means_over_the_samples_that_counted():
     meter = Meter("cpu")
-    meter.add(torch.tensor(3.0), dict(video=torch.tensor([1.0, 2, 4, 8]), tau_v=torch.tensor([0.0, 0.05, 0.15, 1]), on_v=torch.tensor([1.0, 1, 1, 0]),
-                                      text=torch.tensor([10.0, 20, 30, 40]), tau_t=torch.tensor([1.0, 0.95, 0.55, 0.5]), on_t=torch.tensor([0.0, 1, 1, 1])))
-    meter.add(torch.tensor(5.0), dict(video=torch.tensor([6.0, 7]), tau_v=torch.tensor([0.19, 0.31]), on_v=torch.tensor([1.0, 1])))
+    meter.add(torch.tensor(3.0), dict(video=torch.tensor([1.0, 2, 4, 8]), tau_v=torch.tensor([0.0, 0.05, 0.15, 1]), loss_mask_v=torch.tensor([1.0, 1, 1, 0]),
+                                      text=torch.tensor([10.0, 20, 30, 40]), tau_t=torch.tensor([1.0, 0.95, 0.55, 0.5]), loss_mask_t=torch.tensor([0.0, 1, 1, 1])))
+    meter.add(torch.tensor(5.0), dict(video=torch.tensor([6.0, 7]), tau_v=torch.tensor([0.19, 0.31]), loss_mask_v=torch.tensor([1.0, 1])))
     assert meter.read() == {"loss": 4.0, "video": 4.0, "video_by_tau": [1.5, 5.0, None, 7.0, None, None, None, None, None, None],
                             "text": 30.0, "text_by_tau": [None, None, None, None, None, 35.0, None, None, None, 20.0]}
     empty = meter.read()
@@ -485,7 +485,7 @@ def test_help_says_a_sentence_on_every_field(capsys, monkeypatch):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and " --resume " in text and " --overwrite " in text
-    for field in FIELDS:
+    for field in (f for f in FIELDS if f.name != "text_flow"):      # the published model's help stands there
         assert f" --{field.name.replace('_', '-')} {field.name.upper()} {field.metadata['help']}" in text, field.name
 
 
@@ -777,7 +777,7 @@ for kill in range(20):
     (*_, (step, folder)) = train.checkpoints(out)
     assert step >= (before[-1][0] if before else 1)
     for state in (folder, folder / "ema"):
-        train.UniViGU.from_pretrained(state, strict=True)
+        univigu.UniViGU.from_pretrained(state, strict=True)
     torch.load(folder / "training_state.pt", weights_only=True)
 print("killed while saving:", saving)
 """

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import univigu
-from univigu import (MIXTURE, PRESETS, Config, UniViGU, clock_grid, generate, joint, path, rotate, sample_clocks, sinusoid, text_rope,
+from univigu import (MIXTURE, PRESETS, Config, EmbeddingFlow, UniViGU, clock_grid, generate, interpolate, joint, rotate, sample_clocks, sinusoid, text_rope,
                      understand, uni_flow_loss, video_rope, warp)
+from wan import published
 
 # Head width 16, so that the axes' shares of it (8, 4, 4) differ; no two sizes are equal that a bug could swap.
 TINY = dict(dim=32, ffn_dim=40, num_heads=2, num_layers=2, in_dim=3, out_dim=3, freq_dim=12, prompt_dim=10, prompt_len=6, patch_size=(1, 2, 2),
@@ -29,7 +30,7 @@ def seeded(seed):
 def build(seed=0, **changes):
     """A tiny model every parameter of which matters: nothing is left at zero or one."""
     torch.manual_seed(seed)
-    model = UniViGU(Config(**(TINY | changes))).eval()
+    model = published.build(published.config_from(TINY | changes)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             gain = name.endswith(("norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight"))
@@ -196,11 +197,11 @@ def reference_model(model, z_v, z_t, tau_v, tau_t, c):
 def test_path_is_noise_at_0_data_at_1_and_its_velocity_is_data_minus_noise():
     z0, z1 = torch.randn(2, 4, 3, 2, 2, 2, dtype=torch.float64, generator=seeded(0))
     tau = torch.tensor([0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
-    z, u = path(z0, z1, tau)
+    z, u = interpolate(z0, z1, tau)
     assert torch.equal(z[0], z0[0]) and torch.equal(z[3], z1[3])
     for i, t in enumerate(tau.tolist()):
         assert gap(z[i], z0[i] + t * (z1[i] - z0[i])) < 1e-12
-        ahead, _ = path(z0, z1, tau + 1e-3)
+        ahead, _ = interpolate(z0, z1, tau + 1e-3)
         assert gap((ahead[i] - z[i]) / 1e-3, u[i]) < 1e-9
 
 
@@ -210,7 +211,7 @@ def test_warp_is_wans_sigma_shift(shift):
     sigma = 1 - u
     assert gap(1 - warp(u, shift), shift * sigma / (1 + (shift - 1) * sigma)) < 1e-14
     assert gap(warp(warp(u, shift), 1 / shift), u) < 1e-14
-    assert gap(clock_grid(7, shift), warp(torch.linspace(0, 1, 8, dtype=torch.float64), shift)) == 0
+    assert gap(torch.tensor(clock_grid(7, shift), dtype=torch.float64), warp(torch.linspace(0, 1, 8, dtype=torch.float64), shift)) == 0
 
 
 def test_sinusoid_is_wans_cosines_first_of_t_from_1000_to_0():
@@ -292,7 +293,10 @@ def test_block_equals_wans_equations(model, with_text):
     rotations = [(12, video_angles(grid, head_dim), "adjacent"), (n, text_angles(n, head_dim), "halves")]
     streams = 2 if with_text else 1
     with torch.no_grad():
-        out = model.blocks[1](h[:streams], e[:streams], c, rope[:streams])
+        named = [dict(zip("vt", entries[:streams])) for entries in (h, e, rope)]
+        out, memory = model.blocks[1](*named[:2], c, named[2])
+        assert memory is None
+        out = list(out.values())
     for b in range(2):
         row = lambda tensors: [t[b].double() for t in tensors[:streams]]
         wanted = reference_block(parameters64(model), "blocks.1", cfg, row(h), row(e), c[b].double(), rotations[:streams])
@@ -330,7 +334,7 @@ def test_tokens_lie_side_by_side_in_every_block(model):
     """A convolution leaves the channels outermost; kept so, every norm of every block copies."""
     found = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, args: found.extend(h.is_contiguous() for h in args[0]))
+        block.register_forward_pre_hook(lambda block, args: found.extend(h.is_contiguous() for h in args[0].values()))
     z_v, z_t, tau_v, tau_t, c = inputs()
     model(z_v, z_t, tau_v, tau_t, c)
     assert found == [True] * 2 * len(model.blocks)
@@ -449,15 +453,15 @@ def correlation(*rows):
 
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 def test_independent_clocks_are_uniform_warped_for_text_and_independent(shift):
-    tau_v, tau_t, on_v, on_t, keep = sample_clocks("independent", 20000, shift, 0.3, seeded(1))
+    tau_v, tau_t, loss_mask_v, loss_mask_t, keep = sample_clocks("independent", 20000, shift, 0.3, seeded(1))
     assert uniformity(tau_v) < 0.012 and uniformity(warp(tau_t, 1 / shift)) < 0.012
     assert correlation(tau_v, tau_t) < 0.02 and correlation(keep, tau_v) < 0.02 and correlation(keep, tau_t) < 0.02
-    assert on_v.min() == 1 and on_t.min() == 1 and keep.mean().item() == pytest.approx(0.7, abs=0.01)
+    assert loss_mask_v.min() == 1 and loss_mask_t.min() == 1 and keep.mean().item() == pytest.approx(0.7, abs=0.01)
 
 
 def test_mixture_puts_its_shares_on_the_samplers_lines():
     n, p_drop, shift = 40000, 0.6, 4.0
-    tau_v, tau_t, on_v, on_t, keep = sample_clocks("mixture", n, shift, p_drop, seeded(0))
+    tau_v, tau_t, loss_mask_v, loss_mask_t, keep = sample_clocks("mixture", n, shift, p_drop, seeded(0))
     line = {"understand": tau_v == 1, "generate": tau_t == 1}
     line["joint"] = ~line["understand"] & ~line["generate"] & ((tau_t - warp(tau_v, shift)).abs() < 1e-6)
     line["independent"] = ~(line["understand"] | line["generate"] | line["joint"])
@@ -466,14 +470,14 @@ def test_mixture_puts_its_shares_on_the_samplers_lines():
         rows = line[name]
         assert rows.float().mean().item() == pytest.approx(share, abs=0.01), name
         assert 1 - keep[rows].mean().item() == pytest.approx(p_drop if drop is None else drop, abs=0.015), name
-    assert torch.equal(on_v, 1 - line["understand"].float()) and torch.equal(on_t, 1 - line["generate"].float())
+    assert torch.equal(loss_mask_v, 1 - line["understand"].float()) and torch.equal(loss_mask_t, 1 - line["generate"].float())
     assert uniformity(warp(tau_t[line["understand"]], 1 / shift)) < 0.015 and uniformity(tau_v[line["generate"]]) < 0.02
     assert uniformity(tau_v[line["joint"]]) < 0.02
     assert correlation(tau_v[line["independent"]], tau_t[line["independent"]]) < 0.03
 
 
 def test_unknown_clocks_are_refused():
-    with pytest.raises(ValueError, match="'both'.*'independent', 'logit-normal' or 'mixture'"):
+    with pytest.raises(ValueError, match="clocks is 'both', wanted one of mixture, independent, logit-normal"):
         sample_clocks("both", 2)
 
 
@@ -486,7 +490,7 @@ class Spy:
         self.config = Config(**(TINY | changes))
         self.answer = answer or (lambda z_v, z_t, tau_v, tau_t, c: (torch.zeros_like(z_v), torch.zeros_like(z_t)))
         self.E = torch.randn(11, 8, dtype=torch.float64, generator=seeded(9)) if E is None else E
-        self.calls, self.decoded = [], None
+        self.calls, self.decoded, self.text_flow = [], None, EmbeddingFlow()
 
     def __call__(self, *state):
         self.calls.append(state)
@@ -552,7 +556,7 @@ def test_plain_generator_loss_is_the_mean_squared_velocity_error():
     z_v1, _, c = data(6)
     total, parts = uni_flow_loss(spy, z_v1, None, c, generator=seeded(4))
     z_v, z_t, tau_v, tau_t, _ = spy.calls[0]
-    assert z_t is None and tau_t is None and parts["on_v"].tolist() == [1.0] * 6
+    assert z_t is None and tau_t is None and parts["loss_mask_v"].tolist() == [1.0] * 6
     u = (z_v1 - z_v) / (1 - tau_v).view(-1, 1, 1, 1, 1)
     each = torch.stack([((z.sin() - u_i) ** 2).mean() for z, u_i in zip(z_v, u)])
     assert torch.allclose(parts["video"], each, rtol=1e-5) and total.item() == pytest.approx(each.mean().item(), rel=1e-5)
@@ -741,7 +745,7 @@ def test_the_model_sees_each_clock_on_its_own_grid_and_the_condition_clean(mode,
     spy, steps, told = Spy(gaussian_world, text_shift=4.0), 6, []
     run(mode, spy, steps, callback=lambda *args: told.append(args), **options)
     grid_v, grid_t = ([1.0] * (steps + 1) if s is None else wan_grid(steps, s) for s in (shift_v, shift_t))
-    assert len(spy.calls) == len(told) == steps
+    assert len(spy.calls) == len(told) - 1 == steps
     for i, (z_v, z_t, tau_v, tau_t, _) in enumerate(spy.calls):
         assert tau_v.shape == (B,) and gap(tau_v, torch.full((B,), grid_v[i], dtype=torch.float64)) < 1e-6
         assert tau_t is None if mode == "plain" else gap(tau_t, torch.full((B,), grid_t[i], dtype=torch.float64)) < 1e-6
@@ -749,10 +753,15 @@ def test_the_model_sees_each_clock_on_its_own_grid_and_the_condition_clean(mode,
             assert torch.equal(z_v, torch.full((B, *SHAPE), 0.25, dtype=torch.float64))
         if mode == "generate":
             assert torch.equal(z_t, spy.E[torch.arange(B * 5).view(B, 5) % 11])
-    for i, (step, tau_v, tau_t, z_v, z_t) in enumerate(told):
-        assert step == i and tau_v == pytest.approx(grid_v[i + 1]) and tau_t == pytest.approx(grid_t[i + 1])
-        if i + 1 < steps:
-            assert torch.equal(z_v, spy.calls[i + 1][0]) and (z_t is None or torch.equal(z_t, spy.calls[i + 1][1]))
+    for k, (step, tau_v, tau_t, z_v, z_t, v_v, v_t) in enumerate(told):
+        assert step == k and tau_v == pytest.approx(grid_v[k]) and tau_t == pytest.approx(grid_t[k])
+        assert (v_v is None) == (k == 0 or mode == "understand") and (v_t is None) == (k == 0 or mode in ("generate", "plain"))
+        if k < steps:
+            assert torch.equal(z_v, spy.calls[k][0]) and (z_t is None or torch.equal(z_t, spy.calls[k][1]))
+        if v_v is not None:                                         # it led here from the state before
+            assert gap(z_v, told[k - 1][3] + (tau_v - told[k - 1][1]) * v_v) < 1e-6
+        if v_t is not None:
+            assert gap(z_t, told[k - 1][4] + (tau_t - told[k - 1][2]) * v_t) < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -779,7 +788,7 @@ def test_a_remembered_video_is_exact_where_it_cannot_see_the_text(text_flow, gui
     for reuse in (False, True):
         one = build(num_layers=1, text_flow=text_flow, text_dim=32 if text_flow == "discrete" else 8)
         states = []
-        understand(one, inputs()[0], steps=5, guidance=guidance, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.append(state[-1].double()))
+        understand(one, inputs()[0], steps=5, guidance=guidance, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.append(state[4].double()))
         found.append(torch.stack(states))
     assert torch.allclose(*found, atol=1e-5)
 
@@ -789,18 +798,18 @@ def test_a_remembered_video_costs_one_step(model):
     tokens, states = [], {}
     hook = model.blocks[1].ffn.register_forward_hook(lambda ffn, given, out: tokens.append(given[0].shape[1]))
     for reuse in (False, True):
-        understand(model, inputs()[0], steps=4, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.setdefault(reuse, []).append(state[-1]))
+        understand(model, inputs()[0], steps=4, reuse_video=reuse, generator=seeded(3), callback=lambda *state: states.setdefault(reuse, []).append(state[4]))
     hook.remove()
-    assert tokens[:4] == [tokens[0]] * 4 and tokens[4:] == [tokens[0], 0, 0, 0] and tokens[0] > 0
-    assert torch.equal(states[True][0], states[False][0]) and not torch.equal(states[True][-1], states[False][-1])
+    assert tokens[:4] == [tokens[0]] * 4 and tokens[4:] == [tokens[0]] and tokens[0] > 0
+    assert torch.equal(states[True][1], states[False][1]) and not torch.equal(states[True][-1], states[False][-1])
 
 
 def test_understand_without_a_prompt_is_understand_with_the_zero_prompt(model):
     z_v = inputs()[0]
     ends = []
     for c in (None, torch.zeros(2, 6, 10), torch.ones(2, 6, 10)):
-        understand(model, z_v, c, steps=2, generator=seeded(0), callback=lambda i, tau_v, tau_t, z_v, z_t: ends.append(z_t))
-    assert torch.equal(ends[1], ends[3]) and gap(ends[1], ends[5]) > 1e-3
+        understand(model, z_v, c, steps=2, generator=seeded(0), callback=lambda k, tau_v, tau_t, z_v, z_t, *_: ends.append(z_t))
+    assert torch.equal(ends[2], ends[5]) and gap(ends[2], ends[8]) > 1e-3
 
 
 @pytest.mark.parametrize("steps, shift", [(0, 1.0), (3, 0.0), (3, -1.0)])
@@ -826,7 +835,7 @@ def test_x1_sampling_ends_at_the_row_predicted():
     model = build(text_output="x1")
     y, ends = torch.tensor([[3, 1, 4, 1, 5]]), []
     model.head_t.forward = lambda h, e: model.embed(y)
-    y_hat = understand(model, inputs(b=1)[0], steps=20, generator=seeded(0), callback=lambda *args: ends.append(args[-1]))
+    y_hat = understand(model, inputs(b=1)[0], steps=20, generator=seeded(0), callback=lambda *args: ends.append(args[4]))
     assert torch.equal(y_hat, y) and gap(ends[-1], model.embed(y)) < 1e-4 and gap(ends[-2], model.embed(y)) > 1e-2
 
 
@@ -850,7 +859,7 @@ def guided(model, mode, w, c_null=None):
     """One Euler step from 0 to 1 of a sampler; returns the recorded calls and the (z_v, z_t) it ends with, None for a condition."""
     recorder, ends = Recorder(model), []
     z_v, _, _, _, c = inputs()
-    options = dict(steps=1, guidance=w, generator=seeded(3), callback=lambda i, tau_v, tau_t, z_v, z_t: ends.extend([z_v, z_t]))
+    options = dict(steps=1, guidance=w, generator=seeded(3), callback=lambda k, tau_v, tau_t, z_v, z_t, *_: k and ends.extend([z_v, z_t]))
     if mode == "understand":
         understand(recorder, z_v, c, **options)
     elif mode == "joint":
@@ -972,9 +981,9 @@ def test_push_to_hub_uploads_the_model_and_a_card(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(text_output="noise"), "text_output is 'noise'"), (dict(embedding="free"), "embedding is 'free'"),
     (dict(text_flow="diffusion"), "text_flow is 'diffusion'"), (dict(text_ffn_init="zero"), "text_ffn_init is 'zero'"),
-    (dict(num_layers=0), "num_layers is 0"), (dict(vocab_size=-1), "vocab_size is -1"), (dict(dim=30, num_heads=4), "dim 30 over num_heads 4"),
-    (dict(dim=18, num_heads=2), "even head width"), (dict(dim=8, num_heads=2), "at least 6"), (dict(patch_size=(1, 2)), "patch_size is"),
-    (dict(patch_size=(1, 0, 2)), "patch_size is"), (dict(text_ffn_init="copy", ffn_dim=8, text_ffn_dim=9), "found 9 and 8"),
+    (dict(num_layers=0), "num_layers is 0"), (dict(vocab_size=-1), "vocab_size is -1"), (dict(dim=30, num_heads=4), "dim / num_heads is 30 / 4"),
+    (dict(dim=18, num_heads=2), "dim / num_heads is 18 / 2, wanted an even number"), (dict(dim=8, num_heads=2), "at least 6"), (dict(patch_size=(1, 2)), "patch_size is"),
+    (dict(patch_size=(1, 0, 2)), "patch_size is"), (dict(text_ffn_init="copy", ffn_dim=8, text_ffn_dim=9), "text_ffn_dim is 9, wanted ffn_dim 8"),
     (dict(text_shift=0), "text_shift is 0"), (dict(text_shift=-2.0), "text_shift is -2.0")])
 def test_config_refuses_impossible_values_and_names_them(changes, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
@@ -1058,7 +1067,7 @@ def test_a_forward_pass_in_inference_mode_does_not_spoil_later_training(model):
 def test_the_plain_generators_clock_is_uniform_whatever_the_clocks_option():
     spy = Spy(lambda z_v, z_t, tau_v, tau_t, c: (torch.zeros_like(z_v), None))
     _, parts = uni_flow_loss(spy, torch.zeros(4000, 3, 1, 2, 2), None, torch.zeros(4000, 1, 10), clocks="mixture", generator=seeded(0))
-    counted = parts["tau_v"][parts["on_v"] > 0]
+    counted = parts["tau_v"][parts["loss_mask_v"] > 0]
     assert uniformity(counted) < 0.03
 
 

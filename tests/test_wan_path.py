@@ -22,8 +22,8 @@ import train
 from tiny_wan import fake_hub, write_clip, write_wan_folder
 
 import wan
-from univigu import Config, UniViGU
-from wan import prepare
+from univigu import UniViGU
+from wan import prepare, published
 from wan.weights import PUBLISHED, rename
 
 pytestmark = pytest.mark.slow
@@ -144,9 +144,9 @@ def test_a_broken_video_of_many_is_left_out_and_said_so(path, tmp_path, capsys):
 def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_path, capsys):
     """The authors' layout on the tiny Wan's sizes: text is discrete, its padding is not looked at, latents are raw."""
     vocab = len(wan.World.restore(dict(wan=path / "wan", vocabulary=None, latents="raw", text_len=12, prompt_len=512)).tokenizer)
-    config = Config(**dataclasses.asdict(wan.config(path / "wan")) | dict(text_flow="discrete", text_dim=24, vocab_size=vocab, latents="raw", text_ffn_dim=48))
+    config = published.config_from(dataclasses.asdict(wan.config(path / "wan")) | dict(text_flow="discrete", text_dim=24, vocab_size=vocab, latents="raw", text_ffn_dim=48))
     torch.manual_seed(0)
-    tensors = {rename(name, PUBLISHED): p.detach() + 0.02 * torch.randn_like(p) for name, p in UniViGU(config).named_parameters()}
+    tensors = {rename(name, PUBLISHED): p.detach() + 0.02 * torch.randn_like(p) for name, p in published.build(config).named_parameters()}
     tensors["rotary_emb_text.inv_freq"] = 10000 ** -(torch.arange(0, 12, 2) / 12)
     torch.save({"model": tensors}, tmp_path / "published.pth")
     here = ["--checkpoint", tmp_path / "published.pth", "--wan", path / "wan", *SIZE]
@@ -159,7 +159,7 @@ def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_
                   "--frames", "9", "--sizes", "32x48", "--caption-tokens", "4-256", "--latents", "raw"])
     train.main(["--data", str(tmp_path / "data"), "--vocabulary", "full", "--init", str(tmp_path / "published.pth"), "--stages", "refine", "--refine-steps", "1",
                 "--refine-lr", "0", "--out", str(tmp_path / "run"), "--batch", "1", "--eval-clips", "0"])
-    trained, start = UniViGU.from_pretrained(tmp_path / "run" / "refine"), wan.load(tmp_path / "published.pth")
+    trained, start = published.PublishedUniViGU.from_pretrained(tmp_path / "run" / "refine"), wan.load(tmp_path / "published.pth")
     assert all(trained.get_parameter(name).equal(p) for name, p in start.named_parameters())     # nothing trained was initialised anew
 
 

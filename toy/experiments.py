@@ -84,7 +84,7 @@ class Variant:
 def lines(p_drop=None, **shares):
     """MIXTURE with other shares on its lines (default: its own), the prompt dropped with `p_drop` (None: --p-drop) on all of them."""
     mixture = {name: (shares.get(name, 0.0) if shares else share, p_drop) for name, (share, _) in univigu.MIXTURE.items()}
-    return ((univigu, "MIXTURE", mixture),)
+    return loss_of(partial(univigu.uni_flow_loss, mixture=mixture))
 
 
 def repeated(n):
@@ -93,7 +93,7 @@ def repeated(n):
 
 
 def model_of(cls):
-    return ((train, "UniViGU", cls),)
+    return ((train, "build", cls),)
 
 
 def loss_of(function):
@@ -144,10 +144,16 @@ def contrastive_loss(model, z_v1, y, c, **options):
     return total + 0.05 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)), parts
 
 
-def fixed_target(model, y, tau_t, generator=None, noisy=EmbeddingFlow.noisy):
-    """EmbeddingFlow.noisy, but the loss may not move E by moving the target."""
-    z_t, u_t = noisy(model, y, tau_t, generator)
-    return z_t, u_t.detach()
+class FixedTargetFlow(EmbeddingFlow):
+    """EmbeddingFlow, but the loss may not move E by moving the target."""
+
+    def corrupt(self, *args):
+        z_t, u_t = super().corrupt(*args)
+        return z_t, u_t.detach()
+
+
+class FixedTarget(UniViGU):
+    text_flow = FixedTargetFlow()
 
 
 # ---------------------------------------------------------------- training
@@ -174,7 +180,7 @@ def arguments(variant, seed, budget, out):
 
 def graft(source, config):
     """In place of train.load: the generator's video weights in a new model, whose text stream may differ from that of other variants."""
-    model, weights = train.UniViGU(config), load_file(Path(source) / "model.safetensors")
+    model, weights = train.build(config), load_file(Path(source) / "model.safetensors")
     model.load_state_dict({name: weights[name] for name in model.state_dict() if not model.is_text(name)}, strict=False)
     return model, {}
 
@@ -213,7 +219,9 @@ class Run:
 
     def load(self, checkpoint):
         with patched(self.variant), redirect_stdout(io.StringIO()):
-            return train.UniViGU.from_pretrained(checkpoint, strict=True).eval()
+            model = train.build(train.config_from(train.read_json(checkpoint / "config.json")))
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            return model.eval()
 
     @cached_property
     def model(self):
@@ -452,7 +460,7 @@ EXPERIMENTS = (
         "So E needs help to stay alive, and alignment gives it.",
         "The literal E keeps its size and reads as well; or no kind of alignment reads better than unit rows and an anchor (base).",
         (BASE, from_generator("literal", "--embedding literal --anchor 0"),
-         from_generator("fixed target", "--embedding literal --anchor 0", ((EmbeddingFlow, "noisy", staticmethod(fixed_target)),)),
+         from_generator("fixed target", "--embedding literal --anchor 0", model_of(FixedTarget)),
          from_generator("no anchor", "--anchor 0"), from_generator("frozen", patch=model_of(FrozenE)), from_generator("centred", patch=model_of(CentredE)),
          from_generator("patch", "--text-dim 24", model_of(PatchE)), from_generator("contrastive", patch=loss_of(contrastive_loss))),
         (reading, rows_of_E),

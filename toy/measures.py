@@ -94,6 +94,7 @@ class Apart:
 
     def __init__(self, model, generator):
         self.model, self.config, self.decode, self.noise = model, model.config, model.decode, partial(noise_like, generator=generator)
+        self.text_flow = model.text_flow
 
     def __call__(self, z_v, z_t, tau_v, tau_t, c):
         zero = torch.zeros_like(tau_v)
@@ -108,14 +109,14 @@ def coevolution(run, steps=24):
     numbers, c, open_ = {}, run.show(share=2)[0]["c"], torch.tensor([name in FREE for name in ALL])
     outcome = lambda callback: dict(zip(("text", "video"), both(run, steps=steps, text_shift=1.0, callback=callback)))
 
-    def point(i, tau_v, tau_t, z_v, z_t):
-        if (i + 1) % (steps // 6) == 0:
+    def point(k, tau_v, tau_t, z_v, z_t, *_):
+        if k and k % (steps // 6) == 0:
             v_v, v_t = run.model(z_v, z_t, torch.full((len(c),), tau_v), torch.full((len(c),), tau_t), c)
             y_hat, z_v1_hat = run.model.decode(z_t + (1 - tau_t) * v_t), z_v + (1 - tau_v) * v_v
             numbers[f"agreement at @ {tau_v:.2f}"] = score(said(run.world.tokenizer.decode(y_hat)), run.look(z_v1_hat), FREE)[0]
 
-    def exchange(i, tau_v, tau_t, z_v, z_t):
-        if i + 1 == round(tau * steps):
+    def exchange(k, tau_v, tau_t, z_v, z_t, *_):
+        if k == round(tau * steps):
             state = z_t if other == "text" else z_v
             state.copy_(state.roll(1, 0))                           # in place: the sampler goes on from it
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from univigu import generate, joint, understand, uni_flow_loss
 
+from .published import latents_of
 from .weights import read_json
 
 FORMAT = "uni-vigu clips 1"
@@ -250,8 +251,9 @@ class World:
         """Raises ValueError, naming both values, where a model's Config does not fit the data."""
         for name, wanted in (("in_dim", self.shape[0]), ("out_dim", self.shape[0]), ("vocab_size", self.vocab_size), ("text_len", self.text_len),
                              ("prompt_dim", self.manifest["prompt_dim"]), ("prompt_len", self.manifest["prompt_len"]), ("latents", self.manifest["latents"])):
-            if getattr(config, name) != wanted:
-                raise ValueError(f"{name} is {getattr(config, name)}, but the data {self.folder} has {wanted}")
+            found = latents_of(config) if name == "latents" else getattr(config, name)
+            if found != wanted:
+                raise ValueError(f"{name} is {found}, but the data {self.folder} has {wanted}")
         for bucket in self.manifest["buckets"].values():
             if any(size % patch for size, patch in zip(bucket["z_v"][1:], config.patch_size)):
                 raise ValueError(f"patch_size is {config.patch_size}, but the data {self.folder} has latents of {tuple(bucket['z_v'][1:])}, wanted divisors")

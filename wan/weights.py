@@ -23,7 +23,9 @@ from huggingface_hub import parse_safetensors_file_metadata, save_torch_state_di
 from safetensors import safe_open
 from torch import nn
 
-from univigu import PRESETS, Config, UniViGU
+from univigu import PRESETS, UniViGU
+
+from .published import PublishedConfig, build, config_from
 
 # Ours -> theirs, without .weight and .bias. Wan's official names are ours; note that diffusers calls norm3 norm2.
 DIFFUSERS = {
@@ -86,7 +88,7 @@ def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **over
         raise ValueError(f"dtype is {dtype!r}, wanted a floating-point torch.dtype")
     kind, where, tensors, unexpected, cfg = look(path_or_hub_id, base, overrides)
     with torch.device("meta"):
-        model = UniViGU(cfg)
+        model = build(cfg)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     new = [name for name in wanted if kind in CLASSES and UniViGU.is_text(name)]
     check(kind, where, {name: shape for name, (shape, _) in tensors.items()}, wanted, new, unexpected)
@@ -165,7 +167,7 @@ def layout(path_or_hub_id):
 
 def look(path_or_hub_id, base, overrides, weights=True):
     """A checkpoint, unread: its layout, where it is, {our name: (shape, function that reads the tensor)}, names that the layout does not have, Config."""
-    if unknown := sorted(set(overrides) - {f.name for f in fields(Config)}):
+    if unknown := sorted(set(overrides) - {f.name for f in fields(PublishedConfig)}):
         raise ValueError(f"unknown overrides {', '.join(unknown)}: wanted fields of Config")
     kind, where, tensors, unexpected = open_checkpoint(path_or_hub_id, weights)
     stems = {re.sub(r"^blocks\.\d+", "blocks.*", name.removesuffix(".weight").removesuffix(".bias")) for name in tensors}
@@ -312,7 +314,7 @@ def make_config(kind, where, tensors, overrides):
     """The Config of a checkpoint: what the checkpoint says, the overrides, and for the rest what PRESETS["wan-1.3b"] has."""
     if kind == "own":
         known, rest = read_json(where / "config.json"), {}
-        if unknown := sorted(set(known) - {f.name for f in fields(Config)}):
+        if unknown := sorted(set(known) - {f.name for f in fields(PublishedConfig)}):
             raise ValueError(f"{where / 'config.json'} has {', '.join(unknown)}: wanted fields of Config")
     else:
         known, rest = sizes(tensors), asdict(PRESETS["wan-1.3b"])
@@ -327,7 +329,7 @@ def make_config(kind, where, tensors, overrides):
         if found != wanted:
             raise ValueError(f"{name} is {found!r} among the overrides, but {wanted!r} in {where}")
     try:
-        return Config(**rest | known | overrides)
+        return config_from(rest | known | overrides)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
