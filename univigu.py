@@ -4,8 +4,8 @@ Read it from top to bottom, as the data flows:
     Config, PRESETS                    every size and choice
     interpolate, warp                  from noise to data, and the clocks
     Attention, Block                   shared attention, one FFN expert for each modality
-    UniViGU                            the network: two latents in, two velocities out
     EmbeddingFlow                      the text's path, loss and step
+    UniViGU                            the network: two latents in, two velocities out
     sample_clocks, uni_flow_loss       training: both flows, two independent clocks
     understand, generate, joint        sampling: the three differ only in which clock runs
 
@@ -18,8 +18,8 @@ Symbols, the same everywhere (B batch, V vocabulary, N text tokens of width d, L
     u_v, u_t                   target velocities, data - noise
     v_v, v_t                   predicted velocities (Wan's network gives -v_v)
     h    {m: (B, n, dim)}      hidden tokens of modality m: "v" video (n_v of them), "t" text (N)
-    e    {m: (B, dim)}         embedding of a modality's clock
-    modulation  {m: (B, 6, dim)}   a block's shift, scale and gate, twice, from that clock
+    e    {m: (B, dim)}         embedding of a modality's clock; its modulation, {m: (B, 6, dim)}, is
+                               a block's shift, scale and gate, of attention and of the FFN
     eq. k                      equation k of the paper, arXiv 2604.08121
 
 Where this differs from the paper, or fills its silence:
@@ -31,8 +31,8 @@ Where this differs from the paper, or fills its silence:
     4. clocks="mixture" puts part of each batch on the lines of the (tau_v, tau_t) square that the
        samplers walk, and text_shift warps the text's clock. clocks="independent" with
        text_shift=1 is the paper's U(0, 1) x U(0, 1).
-    5. The paper is silent on the text's positions, time embedder and head (here as in the published
-       weights), and on guidance, shift and the initial gates (see README).
+    5. The paper is silent on the text's positions, time embedder and head (here as published), and
+       on guidance, shift and the initial gates (toy/results/README.md).
 """
 
 import math
@@ -49,7 +49,6 @@ from torch import nn
 
 
 # -------------------------------------------------------- every size and choice
-
 RULES = "choices", "low", "high"
 KINDS: dict = {int: (int, "an integer"), float: ((int, float), "a number"),
                str: (str, "a text"), bool: (bool, "true or false")}
@@ -61,20 +60,17 @@ def option(default, help, *, choices=None, low=None, high=None) -> Any:
 
 
 def validate(options):
-    """Checks each field of a dataclass against its type and what `option` says of it.
-
-    Raises ValueError, which names the field, its value and the values wanted.
-    """
+    """Raises ValueError on a field of a dataclass that is not as its type and `option` say."""
     for f in fields(options):
         value, (choices, low, high) = getattr(options, f.name), map(f.metadata.get, RULES)
         if f.type not in KINDS:
-            continue                                            # a tuple: its class checks it
+            continue  # a tuple: its class checks it
         kinds, wanted = KINDS[f.type]
         good = isinstance(value, kinds) and isinstance(value, bool) == (f.type is bool)
         if choices:
             good, wanted = good and value in choices, f"one of {', '.join(choices)}"
         if low is not None:
-            good, wanted = good and low <= value <= high, f"{wanted} from {low:g} to {high:g}"
+            good, wanted = good and low <= value <= high, f"{wanted} from {low} to {high}"
         if not good:
             raise ValueError(f"{f.name} is {value!r}, wanted {wanted}")
 
@@ -101,28 +97,24 @@ class Config:
     text_len: int = size(16, "N, text tokens of a caption")
     text_dim: int = size(64, "d, width of a text token's embedding")
     text_ffn_dim: int = size(256, "hidden width of the text expert FFN_t")
-    text_ffn_init: str = option(
-        "new", "FFN_t starts 'new' (the paper) or as a 'copy' of FFN_v", choices=("new", "copy"))
-    text_flow: str = option(
-        "embedding", "'embedding' (eq. 7-8), or 'discrete', the published weights' flow over token "
-        "ids (wan/published.py)", choices=("embedding",))
-    text_output: str = option(
-        "velocity", "the text head predicts the 'velocity' (the paper) or the data point 'x1'",
-        choices=("velocity", "x1"))
-    embedding: str = option(
-        "unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
-        choices=("unit", "literal"))
+    text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of FFN_v",
+                                choices=("new", "copy"))
+    text_flow: str = option("embedding", "'embedding' (eq. 7-8), or 'discrete', the published "
+                            "weights' (wan/published.py)", choices=("embedding",))
+    text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper), or "
+                              "the data point 'x1'", choices=("velocity", "x1"))
+    embedding: str = option("unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
+                            choices=("unit", "literal"))
     text_shift: float = option(
-        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = the paper's", low=1e-3, high=1e3)
+        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = the paper's", low=0.001, high=1000)
     gate_init: float = option(
-        0.0, "added to the initial gates: 0 = Wan's, 1 trains faster from scratch", low=0, high=1e3)
+        0.0, "added to the initial gates: 0 = Wan's, 1 trains faster from scratch", low=0, high=1000)
 
     def __post_init__(self):
-        self.patch_size = tuple(self.patch_size)                # JSON has lists only
+        self.patch_size = tuple(self.patch_size)  # JSON has lists only
         validate(self)
         if len(self.patch_size) != 3 or any(type(s) is not int or s < 1 for s in self.patch_size):
-            raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers "
-                             "(frames, rows, columns)")
+            raise ValueError(f"patch_size is {self.patch_size}, wanted three positive integers")
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"dim / num_heads is {self.dim} / {self.num_heads}, wanted an even "
                              "number of at least 6")
@@ -141,15 +133,12 @@ _WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, 
                   vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
     "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
-    "wan-1.3b": Config(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_ffn_dim=1536,
-                       **_WAN),
-    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_ffn_dim=5120,
-                      **_WAN),
+    "wan-1.3b": Config(1536, 8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
+    "wan-14b": Config(5120, 13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
 }
 
 
 # -------------------------------------------------------- the path, its velocity, the clocks
-
 def per_sample(tau, z):
     """tau (B,) reshaped to (B, 1, ..., 1), so that it multiplies z sample by sample."""
     return tau.view(-1, *[1] * (z.ndim - 1))
@@ -158,8 +147,8 @@ def per_sample(tau, z):
 def interpolate(z0, z1, tau):
     """The straight path from noise z0 to data z1: its point at tau (B,), its constant velocity."""
     tau = per_sample(tau, z1)
-    z = (1 - tau) * z0 + tau * z1                               # eq. 1; video: eq. 6, text: eq. 7
-    u = z1 - z0                                                 # what eq. 2 regresses on
+    z = (1 - tau) * z0 + tau * z1  # eq. 1; video: eq. 6, text: eq. 7
+    u = z1 - z0                    # what eq. 2 regresses on
     return z, u
 
 
@@ -181,7 +170,6 @@ def warp(r, shift):
 
 
 # -------------------------------------------------------- building blocks
-
 class CastLinear(nn.Linear):
     """nn.Linear in its weight's dtype: the residual stream may be fp32 over bf16 weights."""
 
@@ -197,12 +185,8 @@ class Linear32(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """RMS norm over all heads together, as in Wan. Computes in fp32, returns x's dtype."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
@@ -216,10 +200,10 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(h.float(), self.normalized_shape, weight, bias, self.eps)
 
 
-def ffn(dim, hidden):
+def ffn(dim, hidden, out):
     """FFN(h) = W2 gelu(W1 h + b1) + b2, each token on its own."""
     gelu = nn.GELU(approximate="tanh")
-    return nn.Sequential(CastLinear(dim, hidden), gelu, CastLinear(hidden, dim))    # eq. 13
+    return nn.Sequential(CastLinear(dim, hidden), gelu, CastLinear(hidden, out))  # eq. 13
 
 
 def clock_networks(freq_dim, dim):
@@ -231,20 +215,16 @@ def clock_networks(freq_dim, dim):
 def sinusoid(tau, dim):
     """Clock tau (B,) -> (B, dim): cosines, then sines, of Wan's t = 1000 (1 - tau)."""
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=tau.device) / (dim // 2)
-    frequency = 10000 ** -exponent                              # (dim/2,), in float64 as Wan
-    angle = 1000 * (1 - tau.double())[:, None] * frequency      # (B, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()            # (B, dim)
+    frequency = 10000 ** -exponent                                # (dim/2,), in float64 as Wan
+    angle = 1000 * (1 - tau.double())[:, None] * frequency        # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()  # (B, dim)
 
 
 # -------------------------------------------------------- positions
-
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # angles cached while sampling must serve training too
 def rope(grid, widths, device):
-    """RoPE, base 10,000, of a grid of tokens; axis k turns widths[k] entries of a head.
-
-    Returns cos and sin, (tokens, head_dim/2) each.
-    """
+    """RoPE of a grid, axis k on widths[k] entries of a head: cos, sin (tokens, head_dim/2)."""
     position = torch.cartesian_prod(*map(torch.arange, grid)).view(-1, len(grid))  # (tokens, axes)
     frequency = [10000.0 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w) for w in widths]
     angle = torch.cat([position[:, [k]] * f for k, f in enumerate(frequency)], dim=1)
@@ -268,9 +248,8 @@ def rotate(x, cos, sin, pairs):
     pairs: "adjacent" = (2i, 2i+1), Wan's; "halves" = (i, i + head_dim/2), the published text's.
     """
     sizes, two = ((-1, 2), -1) if pairs == "adjacent" else ((2, -1), -2)
-    a, b = x.float().unflatten(-1, sizes).unbind(two)           # (B, heads, n, head_dim/2)
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], two)
-    return turned.flatten(-2).type_as(x)
+    a, b = x.float().unflatten(-1, sizes).unbind(two)  # (B, heads, n, head_dim/2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], two).flatten(-2).type_as(x)
 
 
 def turn(x, rope):
@@ -280,7 +259,6 @@ def turn(x, rope):
 
 
 # -------------------------------------------------------- attention and the block
-
 def join(parts, dim):
     """Tensors one after the other; a single one is not copied."""
     parts = list(parts)
@@ -297,6 +275,9 @@ Memory = namedtuple("Memory", "video prompt")
 # (B, 6, dim) of its clock, and its positions (cos, sin, pairs), see `rotate`.
 Stream = namedtuple("Stream", "h e modulation rope")
 
+# A point of the two paths and its prompt: what the network is given.
+Point = namedtuple("Point", "z_v z_t tau_v tau_t c")
+
 
 class Attention(nn.Module):
     """Multi-head attention, q and k normalised over the full width; parameters named as Wan's."""
@@ -307,27 +288,27 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (CastLinear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def heads(self, x):
-        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
-
     def forward(self, x, context, rope=None, memory=None):
         """x (B, n, dim) attends to `memory`, keys and values, and to context (B, k, dim) or None.
 
-        rope: (cos, sin, pairs) of each stream of x, where x attends to itself.
-        Returns (B, n, dim), and the keys and values of context, (B, heads, k, head_dim) each.
+        rope: (cos, sin, pairs) of each stream of x, where x attends to itself. Returns (B, n, dim),
+        and the keys and values of context, (B, heads, k, head_dim) each.
         """
-        q = self.heads(self.norm_q(self.q(x)))                  # eq. 12
+        q = self.heads(self.norm_q(self.q(x)))  # eq. 12
         if context is None:
-            k, v = own = memory
-        else:
-            k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
-            if rope is not None:
-                q, k = turn(q, rope), turn(k, rope)
-            own = k, v
-            if memory is not None:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(memory, own))
+            return self.attend(q, *memory), None
+        k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
+        if rope is not None:
+            q, k = turn(q, rope), turn(k, rope)
+        seen = (k, v) if memory is None else (torch.cat(s, dim=2) for s in zip(memory, (k, v)))
+        return self.attend(q, *seen), (k, v)
+
+    def heads(self, x):
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
+
+    def attend(self, q, k, v):
         a = F.scaled_dot_product_attention(q, k, v)  # eq. 12: softmax(q k^T / sqrt(head_dim)) v
-        return self.o(rearrange(a, "b heads n d -> b n (heads d)")), own
+        return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
 
 
 class Block(nn.Module):
@@ -340,8 +321,8 @@ class Block(nn.Module):
         self.self_attn = Attention(dim, config.num_heads, eps)
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = Attention(dim, config.num_heads, eps)
-        self.ffn = ffn(dim, config.ffn_dim)                     # FFN_v, under Wan's name
-        self.ffn_t = ffn(dim, config.text_ffn_dim)              # FFN_t
+        self.ffn = ffn(dim, config.ffn_dim, dim)         # FFN_v, under Wan's name
+        self.ffn_t = ffn(dim, config.text_ffn_dim, dim)  # FFN_t
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, h, modulation, c, rope, memory=None, remember=False):
@@ -357,17 +338,17 @@ class Block(nn.Module):
         video, prompt = memory or (None, None)
 
         x = join((self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h), dim=1)
-        a, kv = self.self_attn(x, x, rope.values(), video)      # eq. 14
+        a, kv = self.self_attn(x, x, rope.values(), video)               # eq. 14
         h = {m: h[m] + mod[m].gate * a_m for m, a_m in zip(h, a.split(sizes, dim=1))}
         a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt)  # eq. 4
-        h = {m: h[m] + a_m for m, a_m in zip(h, a.split(sizes, dim=1))}     # no gate
+        h = {m: h[m] + a_m for m, a_m in zip(h, a.split(sizes, dim=1))}  # no gate
         x = {m: self.norm2(h[m]) * (1 + mod[m].scale_ffn) + mod[m].shift_ffn for m in h}
-        h = {m: h[m] + mod[m].gate_ffn * ffn[m](x[m]) for m in h}           # eq. 5, eq. 15
+        h = {m: h[m] + mod[m].gate_ffn * ffn[m](x[m]) for m in h}        # eq. 5, eq. 15
         return h, Memory(tuple(s[:, :, :sizes[0]] for s in kv), kv_c) if remember else None
 
 
 class Head(nn.Module):
-    """Norm, shift and scale by the clock, linear. The text's norm has a learned scale, as published."""
+    """Norm, shift and scale by the clock, linear. The text's norm has a learned scale."""
 
     def __init__(self, dim, out_dim, eps, affine=False):
         super().__init__()
@@ -382,7 +363,6 @@ class Head(nn.Module):
 
 
 # -------------------------------------------------------- the text's flow
-
 class EmbeddingFlow:
     """The text travels from Gaussian noise to token embeddings, as the video to its latent."""
 
@@ -393,8 +373,8 @@ class EmbeddingFlow:
 
     def corrupt(self, model, y, tau_t, generator=None):
         """Tokens y (B, N) at clock tau_t (B,) -> z_t (B, N, d) and its target velocity u_t."""
-        z_t1 = model.embed(y)                                   # (B, N, d)
-        return interpolate(noise_like(z_t1, generator), z_t1, tau_t)        # eq. 7, eq. 9
+        z_t1 = model.embed(y)                                         # (B, N, d)
+        return interpolate(noise_like(z_t1, generator), z_t1, tau_t)  # eq. 7, eq. 9
 
     def loss(self, model, v_t, z_t, u_t, y, tau_t, anchor):
         """Squared velocity error, and cross-entropy of the tokens that v_t points to; (B,) each."""
@@ -407,11 +387,10 @@ class EmbeddingFlow:
 
     def step(self, z_t, v_t, tau, tau_next, generator=None):
         """One Euler step from clock tau to clock tau_next."""
-        return z_t + (tau_next - tau) * v_t                     # eq. 16, eq. 18
+        return z_t + (tau_next - tau) * v_t  # eq. 16, eq. 18
 
 
 # -------------------------------------------------------- the model
-
 class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="apache-2.0",
               pipeline_tag="text-to-video", paper_url="https://arxiv.org/abs/2604.08121",
               tags=["video-generation", "video-captioning", "flow-matching"]):
@@ -424,23 +403,23 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        dim, freq_dim, gelu = config.dim, config.freq_dim, nn.GELU(approximate="tanh")
+        dim, freq_dim = config.dim, config.freq_dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
-        prompt_in = CastLinear(config.prompt_dim, dim)
-        self.text_embedding = nn.Sequential(prompt_in, gelu, CastLinear(dim, dim))
+        self.text_embedding = ffn(config.prompt_dim, dim, dim)
         self.time_embedding, self.time_projection = clock_networks(freq_dim, dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_dim)  # E
-        self.text_in, text_out = self.text_ends()
+        self.text_in, text_out, self.text_shape = self.text_ends()
         self.time_embedding_t, self.time_projection_t = clock_networks(freq_dim, dim)
         self.head_t = Head(dim, text_out, eps=1e-5, affine=True)
         self.init_weights()
 
     def text_ends(self):
-        """The layer that takes text into the network, and the width of what its head gives back."""
-        return CastLinear(self.config.text_dim, self.config.dim), self.config.text_dim
+        """The layer where text enters, the width in which it leaves, and the shape of its state."""
+        d = self.config.text_dim
+        return CastLinear(d, self.config.dim), d, (d,)
 
     @classmethod
     def is_text(cls, name):
@@ -449,30 +428,25 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
     @torch.no_grad()
     def init_weights(self):
-        """Wan's initialisation, but Xavier for prompt and clocks too (at its sizes about its .02)."""
+        """Wan's initialisation, but Xavier for prompt and clocks too (about .02 at Wan's sizes)."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Conv3d):
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, (RMSNorm, LayerNorm)):
+                module.reset_parameters()
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)                  # unit RMS, as the noise
+                nn.init.normal_(module.weight)  # unit RMS, as the noise
             elif isinstance(module, (Block, Head)):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
         for block in self.blocks:
             block.modulation[:, [2, 5]] += self.config.gate_init
         for head in (self.head, self.head_t):
-            nn.init.zeros_(head.head.weight)                    # an untrained head is silent
+            nn.init.zeros_(head.head.weight)    # an untrained head is silent
 
     @torch.no_grad()
     def start_text(self):
-        """Call once on a pretrained generator: the text's clock copies the video's, FFN_t if chosen."""
+        """Call once on a pretrained generator: copies its clock to the text; FFN_v if chosen."""
         self.time_embedding_t.load_state_dict(self.time_embedding.state_dict())
         self.time_projection_t.load_state_dict(self.time_projection.state_dict())
         if self.config.text_ffn_init == "copy":
@@ -486,44 +460,40 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
     def embed(self, y):
         """Tokens y (B, N) int64 -> text latent z_t1 (B, N, d)."""
-        return F.embedding(y, self.embedding_matrix())          # eq. 7: z_t1 = E[y]
+        return F.embedding(y, self.embedding_matrix())  # eq. 7: z_t1 = E[y]
 
     def decode(self, z_t):
         """Text latent z_t (B, N, d) -> y_hat (B, N), the tokens of largest dot product with E."""
-        return (z_t.float() @ self.embedding_matrix().T).argmax(-1)         # eq. 8
+        return (z_t.float() @ self.embedding_matrix().T).argmax(-1)  # eq. 8
 
     def forward(self, z_v, z_t, tau_v, tau_t, c, *, remember=False):
         """Both velocities at one point of the two paths (eq. 10).
 
-        z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,), c (B, at most L, prompt_dim). Returns
-        v_v (B, out_dim, F, H, W), v_t (B, N, d) and, with `remember`, each block's Memory of video
-        and prompt, for text_alone(). With z_t = tau_t = None it is the plain video generator, and
-        v_t is None. Raises ValueError for shapes that do not fit.
+        z_v (B, C, F, H, W), z_t (B, N, d), tau_v and tau_t (B,), c (B, at most L, prompt_dim).
+        Returns v_v (B, out_dim, F, H, W), v_t (B, N, d) and, with `remember`, each block's Memory
+        of video and prompt, for text_alone(). With z_t = tau_t = None it is the plain video
+        generator, and v_t is None. Raises ValueError for shapes that do not fit.
         """
         self.check(z_v, z_t, tau_v, tau_t, c)
         streams = {"v": self.video_stream(z_v, tau_v)}
         if z_t is not None:
             streams["t"] = self.text_stream(z_t, tau_t)
         h, e, modulation, rope = (dict(zip(streams, s)) for s in zip(*streams.values()))
-        c = F.pad(c, (0, 0, 0, self.config.prompt_len - c.shape[1]))        # Wan sees padding
-        c = self.text_embedding(c)                              # (B, L, dim)
-
+        c = F.pad(c, (0, 0, 0, self.config.prompt_len - c.shape[1]))      # Wan sees padding
+        c = self.text_embedding(c)                                        # (B, L, dim)
         memory = []
         for block in self.blocks:
-            h, kept = block(h, modulation, c, rope, None, remember)         # eq. 14, eq. 15
+            h, kept = block(h, modulation, c, rope, None, remember)       # eq. 14, eq. 15
             memory.append(kept)
-
-        v_v = -self.unpatchify(self.head(h["v"], e["v"]), z_v.shape[2:])    # data - noise
+        v_v = -self.unpatchify(self.head(h["v"], e["v"]), z_v.shape[2:])  # data - noise
         v_t = None
         if z_t is not None:
             v_t = self.text_velocity(self.head_t(h["t"], e["t"]), z_t, tau_t)
-        return (v_v, v_t, memory) if remember else (v_v, v_t)   # eq. 10
+        return (v_v, v_t, memory) if remember else (v_v, v_t)             # eq. 10
 
     def text_alone(self, z_t, tau_t, memory):
-        """v_t (B, N, d) at another z_t and tau_t, beside the video and prompt that `memory` holds.
-
-        Only the text's tokens are computed. memory: what forward returned with `remember`.
-        """
+        """v_t (B, N, d) at another z_t and tau_t; of the video and the prompt there is `memory`,
+        which forward returned with `remember`, so that only the text's tokens are computed."""
         text = self.text_stream(z_t, tau_t)
         h = {"t": text.h}
         for block, kept in zip(self.blocks, memory):
@@ -532,29 +502,25 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
     def video_stream(self, z_v, tau_v):
         """z_v (B, C, F, H, W) and its clock (B,) as a Stream of n_v = f h w tokens."""
-        e = self.time_embedding(sinusoid(tau_v, self.config.freq_dim))      # (B, dim)
-        modulation = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, dim)
-        h = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))     # (B, dim, f, h, w)
+        e = self.time_embedding(sinusoid(tau_v, self.config.freq_dim))       # (B, dim)
+        modulation = self.time_projection(e).unflatten(1, (6, -1))           # (B, 6, dim)
+        h = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))  # (B, dim, f, h, w)
         angles = video_rope(tuple(h.shape[2:]), self.config.head_dim, z_v.device)
-        h = rearrange(h, "b c f h w -> b (f h w) c").float()    # (B, n_v, dim)
-        return Stream(h.contiguous(), e, modulation, (*angles, "adjacent"))     # else norms copy
+        h = rearrange(h, "b c f h w -> b (f h w) c").float()                 # (B, n_v, dim)
+        return Stream(h.contiguous(), e, modulation, (*angles, "adjacent"))  # else norms copy
 
     def text_stream(self, z_t, tau_t):
         """z_t (B, N, d) and its clock (B,) as a Stream of N tokens."""
-        e = self.time_embedding_t(sinusoid(tau_t, self.config.freq_dim))    # (B, dim)
-        modulation = self.time_projection_t(e).unflatten(1, (6, -1))        # (B, 6, dim)
+        e = self.time_embedding_t(sinusoid(tau_t, self.config.freq_dim))  # (B, dim)
+        modulation = self.time_projection_t(e).unflatten(1, (6, -1))      # (B, 6, dim)
         angles = text_rope(z_t.shape[1], self.config.head_dim, z_t.device)
-        return Stream(self.embed_text(z_t).float(), e, modulation, (*angles, "halves"))
-
-    def embed_text(self, z_t):
-        """z_t (B, N, d) -> (B, N, dim)."""
-        return self.text_in(z_t)
+        return Stream(self.text_in(z_t).float(), e, modulation, (*angles, "halves"))
 
     def text_velocity(self, out, z_t, tau_t):
         """The text head's output -> v_t. A predicted data point implies the velocity to it."""
         if self.config.text_output == "velocity":
             return out
-        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)   # bounded near data
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)  # bounded near data
 
     def unpatchify(self, x, size):
         """(B, n_v, patch x out_dim) -> (B, out_dim, F, H, W), size (F, H, W)."""
@@ -563,48 +529,29 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         return rearrange(x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
                          f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
-    def text_shape(self):
-        """The shape of a text token's state."""
-        return (self.config.text_dim,)
-
     def check(self, z_v, z_t, tau_v, tau_t, c):
         """Raises ValueError, with the shapes found and wanted, on inputs that do not fit."""
-        cfg, b = self.config, len(z_v)
-        sizes = zip(z_v.shape[2:], cfg.patch_size)
-        whole = z_v.ndim == 5 and all(s and s % p == 0 for s, p in sizes)
-        expect("z_v", z_v, whole and z_v.shape[1] == cfg.in_dim,
-               f"(B, {cfg.in_dim}, F, H, W) with F, H, W multiples of {cfg.patch_size}")
-        fits = c is not None and c.ndim == 3 and len(c) == b and c.shape[1] <= cfg.prompt_len
-        expect("c", c, fits and c.shape[2] == cfg.prompt_dim,
-               f"({b}, at most {cfg.prompt_len}, {cfg.prompt_dim})")
-        expect("tau_v", tau_v, tau_v is not None and tau_v.shape == (b,), f"({b},)")
+        cfg, b, any_size = self.config, len(z_v), range(2**31)
+        grid = [(f"a multiple of {p}", any_size[p::p]) for p in cfg.patch_size]
+        length = (f"at most {cfg.prompt_len}", any_size[:cfg.prompt_len + 1])
+        shapes = {"z_v": (z_v, (b, cfg.in_dim, *grid)), "c": (c, (b, length, cfg.prompt_dim)),
+                  "tau_v": (tau_v, (b,))}
         if z_t is not None:
-            last = self.text_shape()
-            fits = z_t.ndim > 1 and len(z_t) == b and z_t.shape[2:] == last
-            expect("z_t", z_t, fits, f"({', '.join(map(str, (b, 'N', *last)))})")
-            expect("tau_t", tau_t, tau_t is not None and tau_t.shape == (b,), f"({b},)")
-
-
-def expect(name, x, good, wanted):
-    """Raises ValueError unless the tensor x, or None, is good."""
-    if not good:
-        found = None if x is None else tuple(x.shape)
-        raise ValueError(f"{name} has shape {found}, wanted {wanted}")
+            shapes |= {"z_t": (z_t, (b, ("N", any_size), *self.text_shape)), "tau_t": (tau_t, (b,))}
+        for name, (x, shape) in shapes.items():
+            labels, allowed = zip(*(s if isinstance(s, tuple) else (str(s), [s]) for s in shape))
+            found = None if x is None else tuple(x.shape)
+            fits = found is not None and len(found) == len(shape)
+            if not fits or not all(size in sizes for size, sizes in zip(found, allowed)):
+                raise ValueError(f"{name} has shape {found}, wanted ({', '.join(labels)})")
 
 
 # -------------------------------------------------------- training: one loss for both flows
-
 # Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate()
-# always are. So clocks="mixture" gives each line of the (tau_v, tau_t) square a share of the batch,
-# and says how often the prompt is dropped there. None is p_drop, so that the text is read off the
-# video, not copied from the prompt; elsewhere the prompt is part of the task.
-MIXTURE = {
-    "understand": (0.25, None),
-    "generate": (0.40, 0.1),
-    "joint": (0.25, 0.1),
-    "independent": (0.10, None),
-}
-
+# always are. So clocks="mixture" gives each line of the (tau_v, tau_t) square a share of the batch
+# and its prompt dropout. None is p_drop, so that text is read off the video, not off the prompt.
+MIXTURE = {"understand": (0.25, None), "generate": (0.40, 0.1), "joint": (0.25, 0.1),
+           "independent": (0.10, None)}
 
 # Both clocks of a batch, which losses count (a clean modality has nothing to learn), and which
 # prompts stay; (B,) each.
@@ -614,9 +561,9 @@ Clocks = namedtuple("Clocks", "tau_v tau_t loss_mask_v loss_mask_t keep_prompt")
 def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixture=MIXTURE):
     """Draws both clocks of a batch. One coin decides for each sample, never one for the batch.
 
-    kind: "independent", the paper's; "logit-normal", the video's clock mostly between .2 and .7,
-    where a video's content is decided, for a generator that starts from nothing; or "mixture",
-    lines with their shares and prompt dropout. p_drop in [0, 1]. Raises ValueError for other kinds.
+    kind: "independent", the paper's; "logit-normal", tau_v mostly between .2 and .7, where content
+    is decided, for a generator from scratch; "mixture", lines with shares and prompt dropout.
+    p_drop in [0, 1]. Raises ValueError for other kinds.
     """
     kinds = {"mixture": mixture} | {k: {k: (1.0, None)} for k in ("independent", "logit-normal")}
     if kind not in kinds:
@@ -628,7 +575,7 @@ def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixtu
         "understand":   (one,                   warped_t, zero,         one),
         "generate":     (r_v,                   one,      one,          zero),
         "joint":        (r_v,                   warped_v, one,          one),
-        "independent":  (r_v,                   warped_t, one,          one),   # eq. 9
+        "independent":  (r_v,                   warped_t, one,          one),  # eq. 9
         "logit-normal": (torch.sigmoid(normal), warped_t, one,          one),
     }
     shares, drops = zip(*kinds[kind].values())
@@ -649,11 +596,10 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     "independent". lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the
     cross-entropy that keeps z_t near E's rows (0 = the paper). generator: a CPU torch.Generator.
 
-    Returns the total, a scalar: eq. 11 divided by the number of entries of a video latent, plus the
-    anchor; and a dict of detached parts, (B,) each: "video" and "text", the mean squared error of a
-    velocity's entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t".
-    With y None: the mean of eq. 2, and "video", "tau_v", "loss_mask_v". Raises ValueError for y of
-    another shape.
+    Returns a scalar, eq. 11 over the number of entries of a video latent, plus the anchor; and a
+    dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's
+    entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t". With y None:
+    the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape.
     """
     b, device, flow = len(z_v1), z_v1.device, model.text_flow
     if y is None:
@@ -664,41 +610,32 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     tau_v, tau_t, mask_v, mask_t, keep = (to_device(s, device) for s in drawn)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
-    z_v, u_v = interpolate(noise_like(z_v1, generator), z_v1, tau_v)        # eq. 6, eq. 9
+    z_v, u_v = interpolate(noise_like(z_v1, generator), z_v1, tau_v)  # eq. 6, eq. 9
     if y is None:
         v_v, _ = model(z_v, None, tau_v, None, c)
-        loss_v = (v_v - u_v).square().flatten(1).mean(1)        # eq. 2
-        return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v,
-                                   loss_mask_v=torch.ones_like(tau_v))
+        loss_v = (v_v - u_v).square().flatten(1).mean(1)           # eq. 2
+        return loss_v.mean(), dict(video=loss_v.detach(), tau_v=tau_v, loss_mask_v=mask_v)
 
-    z_t, u_t = flow.corrupt(model, y, tau_t, generator)         # eq. 7, eq. 9
-    v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                 # eq. 10
-    se_v = mask_v * (v_v - u_v).square().flatten(1).sum(1)      # (B,)
+    z_t, u_t = flow.corrupt(model, y, tau_t, generator)            # eq. 7, eq. 9
+    v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                    # eq. 10
+    se_v = mask_v * (v_v - u_v).square().flatten(1).sum(1)         # (B,)
     se_t, ce = (mask_t * x for x in flow.loss(model, v_t, z_t, u_t, y, tau_t, anchor))  # (B,)
     entries, patch = z_v1[0].numel(), math.prod(model.config.patch_size)
-    tokens_v = entries / (z_v1.shape[1] * patch)                # |z_v|
-    lambda_t = tokens_v / y.shape[1] if lambda_t is None else lambda_t      # |z_v| / |z_t|
-    total = (lambda_v * se_v + lambda_t * se_t).mean() / entries            # eq. 11
+    tokens_v = entries / (z_v1.shape[1] * patch)                   # |z_v|
+    lambda_t = tokens_v / y.shape[1] if lambda_t is None else lambda_t  # |z_v| / |z_t|
+    total = (lambda_v * se_v + lambda_t * se_t).mean() / entries   # eq. 11
     total = total + anchor * ce.mean()
     return total, dict(video=se_v.detach() / entries, text=se_t.detach() / u_t[0].numel(),
                        anchor=ce.detach(), tau_v=tau_v, tau_t=tau_t,
                        loss_mask_v=mask_v, loss_mask_t=mask_t)
 
 
-# -------------------------------------------------------- sampling: three modes, the same Euler steps
-
+# -------------------------------------------------------- sampling: three modes, one Euler step
 def clock_grid(steps, shift):
-    """The times an Euler solver visits: steps + 1 floats from 0 to 1, equal steps warped.
-
-    Raises ValueError for steps < 1 and for shift <= 0.
-    """
+    """Times of an Euler solver: steps + 1 floats, 0 to 1. ValueError for steps < 1, shift <= 0."""
     if steps < 1 or shift <= 0:
         raise ValueError(f"steps is {steps}, shift is {shift}: wanted at least 1, and above 0")
     return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
-
-
-# A point of the two paths and its prompt: what the network is given.
-Point = namedtuple("Point", "z_v z_t tau_v tau_t c")
 
 
 def stack(point, *nulls):
@@ -728,9 +665,8 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     and shift: the model's own by default. guidance contrasts with a video of pure noise.
     reuse_video: keys and values of video and prompt are those of the first step, and the other
     steps compute the text's tokens alone. callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state
-    after k = 0, 1, ... steps and the velocities that led there (None for a given modality and for
-    k = 0). Returns y_hat (B, N) int64. Raises ValueError for steps < 1, shift <= 0 and shapes that
-    do not fit.
+    after k = 0, 1, ... steps, and the velocities that led there (None for k = 0 and where given).
+    Returns y_hat (B, N) int64. Raises ValueError for steps < 1, shift <= 0, shapes that do not fit.
     """
     cfg, b, flow, memory = model.config, len(z_v), model.text_flow, None
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
@@ -749,7 +685,7 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
         else:
             _, v_t = model(*seen)
         v_t = guide(v_t, guidance)
-        z_t = flow.step(z_t, v_t, tau, tau_next, generator)     # eq. 16
+        z_t = flow.step(z_t, v_t, tau, tau_next, generator)  # eq. 16
         if callback:
             callback(k, 1.0, tau_next, z_v, z_t, None, v_t)
     return model.decode(z_t)
@@ -780,13 +716,13 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     for k, (tau, tau_next) in enumerate(zip(grid, grid[1:]), 1):
         seen = stack(Point(z_v, z_t, zero + tau, tau_t, c), *nulls)
         v_v = guide(model(*seen)[0], guidance)
-        z_v = z_v + (tau_next - tau) * v_v                      # eq. 17; eq. 3 without text
+        z_v = z_v + (tau_next - tau) * v_v  # eq. 17; eq. 3 without text
         if callback:
             callback(k, tau_next, 1.0, z_v, z_t, v_v, None)
     return z_v
 
 
-@singledispatch                                                 # published weights have their own
+@singledispatch  # published weights have their own
 @torch.no_grad()
 def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None,
           length=None, generator=None, callback=None):
@@ -805,8 +741,8 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
     if guidance != 1:
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
         nulls = [dict(z_t=flow.noise(model, c, n, generator), tau_t=zero, c=no_c),  # v_v's
-                 dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)]  # v_t's
-    text_shift = shift * cfg.text_shift if text_shift is None else text_shift   # warps multiply
+                 dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)]          # v_t's
+    text_shift = shift * cfg.text_shift if text_shift is None else text_shift       # warps multiply
     grid_v, grid_t = clock_grid(steps, shift), clock_grid(steps, text_shift)
     if callback:
         callback(0, grid_v[0], grid_t[0], z_v, z_t, None, None)
@@ -814,8 +750,8 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
         (tau_v, next_v), (tau_t, next_t) = grid_v[k - 1:k + 1], grid_t[k - 1:k + 1]
         v_v, v_t = model(*stack(Point(z_v, z_t, zero + tau_v, zero + tau_t, c), *nulls))
         v_v, v_t = guide(v_v, guidance, passes=3, null=1), guide(v_t, guidance, passes=3, null=2)
-        z_v = z_v + (next_v - tau_v) * v_v                      # eq. 18
-        z_t = flow.step(z_t, v_t, tau_t, next_t, generator)     # eq. 18
+        z_v = z_v + (next_v - tau_v) * v_v                                          # eq. 18
+        z_t = flow.step(z_t, v_t, tau_t, next_t, generator)                         # eq. 18
         if callback:
             callback(k, next_v, next_t, z_v, z_t, v_v, v_t)
     return z_v, model.decode(z_t)

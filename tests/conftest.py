@@ -4,22 +4,34 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # plain `pytest` finds the modules of the repository root
+sys.path.insert(0, str(Path(__file__).parent.parent))  # plain `pytest` finds the project's modules
 
 
 def pytest_configure(config):
-    config.option.reportchars += "s"  # without requirements-wan.txt the tests of wan/ are skipped: say so, and why
-    config.addinivalue_line("markers", 'slow: trainings, processes, the real world; leave out with -m "not slow"')
+    config.option.reportchars += "s"  # say which tests of wan/ are skipped, and why
+    slow = 'slow: trainings, processes, the real world; leave out with -m "not slow"'
+    config.addinivalue_line("markers", slow)
 
 
 def pytest_unconfigure(config):
-    """Tests that passed and never end are a fault too: after two minutes it says where it hangs."""
+    """A finished run that does not end is a fault, too: after two minutes it says where it hangs."""
     faulthandler.dump_traceback_later(120, file=sys.__stderr__)
+
+
+def refusal(capsys, main, *argv):
+    """The one line with which a program's `main` refuses these flags."""
+    with pytest.raises(SystemExit) as end:
+        main([str(flag) for flag in argv])
+    code, said = end.value.code, capsys.readouterr()
+    line = (code if isinstance(code, str) else said.err).strip()
+    assert code not in (0, None)
+    assert "\n" not in line and ": error: " in line, line
+    return line
 
 
 @pytest.fixture(scope="module")
 def one_codec():
-    """Every World shares one codec: it has no state, and to build it takes longer than most tests."""
+    """Every World shares one codec: it has no state, and building it takes longer than most tests."""
     import toy
 
     codec = toy.Codec()

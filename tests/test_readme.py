@@ -1,4 +1,7 @@
-"""README's generated tables match the code and the stored results. `python -m tests.test_readme` writes them anew."""
+"""The READMEs' tables, commands and links against the code and the stored results.
+
+`python -m tests.test_readme` writes the tables anew.
+"""
 
 import dataclasses
 import json
@@ -6,254 +9,555 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from toy.evaluate import SAMPLING
-from toy.experiments import EXPERIMENTS, FULL, MARGIN, finding, judge
+import sample
+import train
+from engine.cost import PEAK, forward_flops
+from toy.experiments import EXPERIMENTS, FULL, MARGIN, Budget, finding, judge
 from toy.measures import STEPS
-from train import REAL, Train, forward_flops
 from univigu import PRESETS
 
 ROOT = Path(__file__).parent.parent
-NUMBERS = {12: "twelve", 13: "thirteen", 14: "fourteen"}
-README = ROOT / "README.md"
-ABOUT = {"univigu.py": "the method: model, loss, samplers", "train.py": "the training loop, every stage", "sample.py": "the three modes on files and prompts",
-         "pages.py": "the pages: a sample's trajectory, a run's report",
-         "bench.py": "speed of a step, against diffusers'",
-         "toy/shapes.py": "the clips: attributes, renderer, split", "toy/words.py": "prompts, captions, tokenizer, prompt encoder",
-         "toy/codec.py": "frames <-> latents", "toy/oracle.py": "reads attributes back from pixels", "toy/evaluate.py": "numbers, table, pictures",
-         "toy/__init__.py": "the world as the loop sees it",
-         "toy/muon.py": "Muon, in fp32 and batched", "toy/experiments.py": "the paper's claims, tested one by one", "toy/measures.py": "what those experiments measure",
-         "wan/weights.py": "Wan2.1's and the published Uni-ViGU's checkpoints, in and out", "wan/codec.py": "Wan's VAE, umT5 and its tokenizer",
-         "wan/prepare.py": "videos and texts -> shards of latents and tokens", "wan/data.py": "those shards as the loop sees them",
-         "wan/caption.py": "detailed captions from a vision-language model", "wan/__init__.py": "the names of the real world"}
+README = "README.md"
+TOY, RESULTS, WAN = "toy/README.md", "toy/results/README.md", "wan/README.md"
+DOCUMENTS = README, TOY, RESULTS, WAN, "CHANGELOG.md", "CONTRIBUTING.md"
+TINY = (
+    "--batch 4 --dim 24 --text-dim 24 --ffn-dim 32 --text-ffn-dim 16 --num-layers 1 --warmup 1 "
+    "--compile no --device cpu"
+)
 
 
-def files():
-    lines = {name: (ROOT / name).read_text().count("\n") for name in ABOUT}
-    return "\n".join(["| file | lines | what |", "|---|---|---|"] + [f"| `{name}` | {n} | {ABOUT[name]} |" for name, n in lines.items()])
+def text_of(document):
+    return (ROOT / document).read_text()
 
 
-def equations():
-    """Equation -> where univigu.py names it beside code, with the function it stands in."""
-    found, scope = {}, ""
-    for number, line in enumerate((ROOT / "univigu.py").read_text().splitlines(), 1):
-        if match := re.match(r"\s*(?:def|class) (\w+)", line):
-            scope = match[1] if match[1] not in ("forward", "__init__") or line.startswith(("def", "class")) else scope
-        code, _, comment = line.partition("#")
-        for k in re.findall(r"\beq\. (\d+)", comment) if code.strip() else ():
-            found.setdefault(int(k), []).append(f"{number} (`{scope}`)")
-    return "\n".join(["| eq. | line of univigu.py |", "|---|---|"] + [f"| {k} | {', '.join(found[k])} |" for k in sorted(found)])
+def stored(path):
+    return json.loads((ROOT / f"{path}.json").read_text())
 
 
-ROWS = {"caption, mean over seven attributes": "understanding.attribute_accuracy", "caption, all seven right": "understanding.exact_match",
-        "generated video, colour, shape, direction": "generation.attribute_accuracy", "joint: caption against video": "joint.agreement"}
+def markdown(head, rows):
+    """A table; head and rows are lists of cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+# ---------------------------------------------------------------- the toy's results
+
+SEEDS = [stored(f"toy/results/seed{seed}") for seed in (0, 1, 2)]
+PAPER = stored("toy/results/paper")
+MODES = ("understand", "generate", "joint")
+MEASURES = {
+    "understanding.attribute_accuracy": "caption, mean over seven attributes",
+    "understanding.exact_match": "caption, all seven right",
+    "generation.attribute_accuracy": "generated video: colour, shape, direction",
+    "joint.agreement": "joint: caption against video",
+}
+MAIN = {
+    "understanding.attribute_accuracy": "**understand**: attributes that the caption has right",
+    "generation.attribute_accuracy": "**generate**: attributes of the prompt that the video shows",
+    "joint.agreement": "**joint**: attributes that caption and video agree on",
+}
+
+
+def number(run, measure, suffix=""):
+    mode, name = measure.split(".")
+    return run[mode][name + suffix]
+
+
+def pictures():
+    """The three pictures with what the model was asked and what it wrote."""
+    said = {mode: SEEDS[0]["pictures"][f"{mode}.gif"] for mode in MODES}
+    written = {
+        "understand": f"*{said['understand']}*",
+        "generate": f"*{said['generate']}*",
+        "joint": f"asked *a yellow circle moving up*, wrote *{said['joint']}*",
+    }
+    head = ["it watched, and wrote", "it was asked, and drew", "it was asked, and drew and wrote"]
+    images = [f"![a moving shape](toy/pictures/{mode}.gif)" for mode in MODES]
+    return markdown(head, [images, [written[mode] for mode in MODES]])
 
 
 def results():
-    """The results.json of three seeds of the default run and of --recipe paper: seen / unseen."""
-    runs = {title: json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text())
-            for title, name in (("seed 0", "seed0"), ("seed 1", "seed1"), ("seed 2", "seed2"), ("`--recipe paper`", "paper"))}
-    lines = ["| | " + " | ".join(runs) + " | chance |", "|---|" + "---|" * (len(runs) + 1)]
-    for about, path in ROWS.items():
-        mode, name = path.split(".")
-        cells = [f"{r[mode][name]:.3f} / {r[mode][name + '_unseen']:.3f}" for r in runs.values()]
-        lines.append(f"| {about} | " + " | ".join(cells) + f" | {runs['seed 0']['chance'][mode][name]:.3f} |")
-    minutes = [f"{r['wall_s'] / 60:.1f} ({r['train_s'] / 60:.1f})" for title, r in runs.items() if title.startswith("seed")]
-    return "\n".join([*lines, "| minutes in all (training) | " + " | ".join(minutes) + " | | |"])
+    """Mean and standard deviation over the seeds of the default run; one run of --recipe paper."""
+    rows = []
+    for measure, about in MAIN.items():
+        cells = []
+        for suffix in ("", "_unseen"):
+            values = [number(run, measure, suffix) for run in SEEDS]
+            cells.append(f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}")
+        others = number(SEEDS[0]["chance"], measure), number(PAPER, measure)
+        rows.append([about, *cells, *(f"{value:.3f}" for value in others)])
+    head = ["", "seen combinations", "unseen combinations", "chance", "`--recipe paper`, seen"]
+    return markdown(head, rows)
 
 
-def stored(name):
-    return json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text())
+def seeds():
+    """Each seed of the default run, and --recipe paper."""
+    runs = [*SEEDS, PAPER]
+    rows = []
+    for measure, about in MEASURES.items():
+        cells = [f"{number(r, measure):.3f} / {number(r, measure, '_unseen'):.3f}" for r in runs]
+        rows.append([about, *cells, f"{number(SEEDS[0]['chance'], measure):.3f}"])
+    minutes = [f"{r['wall_s'] / 60:.1f} ({r['train_s'] / 60:.1f})" for r in SEEDS]
+    rows.append(["minutes in all (training)", *minutes, "", ""])
+    return markdown(["", "seed 0", "seed 1", "seed 2", "`--recipe paper`", "chance"], rows)
 
 
-def experiments():
-    """Of each experiment that was run in full: itself, and what it stored."""
-    return [(e, stored(f"experiments/{e.name}/results")) for e in EXPERIMENTS if (ROOT / "toy" / "results" / "experiments" / e.name).exists()]
+# ---------------------------------------------------------------- the paper's claims
+
+CLAIMS = {
+    "pretraining": "What a generator has learned makes understanding easier to learn",
+    "recall": "Knowledge Recall before refinement helps",
+    "dropout": "Dropping the prompt makes the model look at the video",
+    "experts": "An expert for each modality beats a shared FFN, however light the text's is",
+    "survival": "Learning text leaves the generator's videos as good as they were",
+    "clocks": "Independent clocks beat one clock for both in all three modes",
+    "whole": "In full-length runs, recall and independent clocks cost no mode anything",
+    "lambda_t": r"The weight \|z_v\| / \|z_t\| balances the text's loss against the video's",
+    "embedding": "Token embeddings need alignment with the video to stay alive",
+    "text_flow": "Text can flow over embeddings, by its velocity, in few steps",
+    "coevolution": "Drawn together, video and text shape each other",
+    "understanding": "After refinement the model relies on the video, not on the prompt",
+    "scaling": "Width and more clips improve reading and drawing",
+}
+
+
+def found(name):
+    return stored(f"toy/results/experiments/{name}/results")
+
+
+def verdicts():
+    """A line an experiment."""
+    rows = []
+    for name, claim in CLAIMS.items():
+        checks = [check for check in found(name)["checks"] if not check["ours"]]
+        held = f"{sum(check['holds'] for check in checks)} of {len(checks)}"
+        rows.append([f"[{name}](#{name})", claim, f"**{found(name)['verdict']}**", held])
+    return markdown(["experiment", "claim", "verdict", "checks that hold"], rows)
 
 
 def claims():
-    """Each claim, what was found, and its figure; how long the trainings took."""
-    lines = ["| claim | outcome: each check, and its gain over three seeds | figure |", "|---|---|---|"]
-    for _, r in experiments():
-        verdict, found = r["found"].split(": ", 1)
-        claim, found = (text.replace("|", r"\|") for text in (r["claim"], found))
-        lines.append(f"| {claim} | **{verdict}**: {found} | [{r['name']}](toy/results/experiments/{r['name']}/figure.png) |")
-    runs = {name: of["training seconds"] for _, r in experiments() for name, of in r["variants"].items()}
-    runs |= {"generator": stored("experiments/survival/results")["variants"]["generator"]["training seconds"]}
-    hours, (alone, beside) = sum(map(sum, runs.values())) / 3600, (statistics.median(runs[name]) for name in ("scratch", "base"))
-    return "\n".join([*lines, "", f"{sum(map(len, runs.values()))} trainings of {hours:.1f} hours in all (Intel Xeon, two cores): the default runs, `scratch`, `lambda_t` and the variants of "
-                      f"`recall` and `clocks` alone on both cores, the others two at a time. A short run of 400 steps takes {alone:.0f} seconds alone and {beside:.0f} beside another."])
+    """A section an experiment: the claim, what would refute it, each check, the figure."""
+    parts = []
+    for name in CLAIMS:
+        of = found(name)
+        rows = []
+        for check in of["checks"]:
+            about = check["says"].replace("|", r"\|") + " (our choice, not counted)" * check["ours"]
+            gain = f"{check['mean']:+.3f} ± {check['spread']:.3f}"
+            rows.append(["yes" if check["holds"] else "no", about, gain, f"{check['above']:+.3f}"])
+        table = markdown(["holds", "check", "gain", "has to exceed"], rows)
+        figure = f"![figure of {name}](experiments/{name}/figure.png)"
+        refuted = f"*Refuted if:* {of['refuted if']}"
+        texts = (textwrap.fill(text, 120) for text in (of["claim"], refuted))
+        verdict = f"Verdict: **{of['verdict']}**"
+        parts += [f"### {name}", *texts, verdict, table, figure]
+    return "\n\n".join(parts)
 
 
-CHOICES = (("clocks, whole runs", "independent", "whole: whole, independent", "the mixture", "whole: default"),
-           ("clocks, short runs, p .5", "independent", "clocks: independent", "the mixture", "clocks: p 0.5"),
-           ("text head", "velocity", "text_flow: velocity", "x1", "text_flow: base"),
-           ("E", "free", "embedding: literal", "unit rows, anchor .1", "embedding: base"),
-           ("loss", "eq. 11", "embedding: no anchor", "and an anchor of .1", "embedding: base"))
+def trainings():
+    """How long the experiments' runs are and took."""
+    runs = {}
+    for name in CLAIMS:
+        for variant, of in found(name)["variants"].items():
+            runs[variant] = of["training seconds"]
+    hours = sum(map(sum, runs.values())) / 3600
+    rows = [
+        ["trainings", sum(map(len, runs.values()))],
+        ["their hours together", f"{hours:.1f}"],
+        ["text steps of a short run", FULL.recall + FULL.refine],
+        ["text steps of a run of full length", f"{sum(FULL.default[1:]):,}"],
+        ["seconds of a short run alone on both cores", f"{statistics.median(runs['scratch']):.0f}"],
+        ["seconds of a short run beside another", f"{statistics.median(runs['base']):.0f}"],
+        ['margin of "better"', f"{MARGIN:+}"],
+    ]
+    return markdown(["", ""], rows)
+
+
+CHOICES = {
+    "clocks, full-length runs": (
+        ("independent", "whole: whole, independent"),
+        ("mixture", "whole: default"),
+    ),
+    "clocks, short runs with `--p-drop 0.5`": (
+        ("independent", "clocks: independent"),
+        ("mixture", "clocks: p 0.5"),
+    ),
+    "text head": (("velocity", "text_flow: velocity"), ("x1", "text_flow: base")),
+    "E": (("free", "embedding: literal"), ("unit rows, anchor 0.1", "embedding: base")),
+    "loss": (("eq. 11", "embedding: no anchor"), ("with an anchor of 0.1", "embedding: base")),
+}
 
 
 def choices():
-    """The paper's choice beside ours, where they were measured: mean over three seeds."""
-    lines = ["| | the paper's | read | drawn | agreement | ours | read | drawn | agreement |", "|---|---|---|---|---|---|---|---|---|"]
-    for about, *sides in CHOICES:
-        cells = []
-        for title, key in (sides[:2], sides[2:]):
+    """The paper's choice beside ours where both were measured."""
+    measures = ["read", "drawn", "agreement"]
+    rows = []
+    for about, sides in CHOICES.items():
+        cells = [about]
+        for title, key in sides:
             name, variant = key.split(": ")
-            of = stored(f"experiments/{name}/results")["mean and spread"][variant]
-            cells += [title, *("{:.3f} ± {:.3f}".format(*of[n]) if n in of else "" for n in ("read", "drawn", "agreement"))]
-        lines.append(f"| {about} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def speed():
-    """What `bench.py --toy` stored."""
-    rows = [f"| {f'`{flags}`' if flags else 'the default'} | {of['clips_per_s']:.0f} | {of['loss']:.3f} |" for flags, of in stored("bench-toy")["toy"].items()]
-    return "\n".join(["| | clips/s | loss after 120 steps |", "|---|---|---|", *rows])
-
-
-def steps():
-    """Seconds of a step, ours beside diffusers'."""
-    runs, who = [stored("bench-eager"), stored("bench-compile")], ("video", "video + text", "diffusers, video")
-    lines = [f"| `{runs[0]['command']}` | {' | '.join(who)} | video : diffusers' |", "|---|" + "---|" * (len(who) + 1)]
-    for run in runs:
-        for kind in ("training step", "denoising step"):
-            of = [run["steps"][f"{name}, {kind}"]["seconds"] for name in who]
-            cells = [f"{seconds:.2f}" for seconds in (*of, of[0] / of[2])]
-            lines.append(f"| {kind}, {run['device']}, {run['kind'].removesuffix(', recompute none')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "| wan-1.3b, 32,760 + 256 tokens, GPU | not measured yet | | | |"])
-
-
-def caption_flops(config, n_v, n_t, steps=50):
-    """A caption's FLOPs with the video's tokens run in every step, and in the first alone: then text tokens that also attend to the video's, the prompt's keys
-    and values being there too."""
-    whole, d = forward_flops(config, n_v, n_t), config.dim
-    text = forward_flops(config, 0, n_t) + 4 * config.num_layers * d * (n_t * n_v - d * config.prompt_len)
-    return steps * whole, whole + (steps - 1) * text
-
-
-def reuse():
-    """Seconds of a caption in 50 steps with the video's tokens run in every step, and in the first alone; and the ratio by arithmetic."""
-    lines = ["| | video, text tokens | every step | first alone | times faster | by FLOPs |", "|---|---|---|---|---|---|"]
-    mid = dataclasses.replace(PRESETS["wan-1.3b"], dim=512, num_layers=8, num_heads=8, ffn_dim=2048, text_ffn_dim=512, vocab_size=1000)
-    for n_t in (16, 64, 256):
-        run = stored(f"bench-understand-{n_t}")
-        every, first = run["understand"].values()
-        full, less = caption_flops(mid, run["video tokens"], n_t)
-        lines.append(f"| the sizes above, `--text-len {n_t} --understand 50` | {run['video tokens']:,}, {n_t} | {every:.1f} s | {first:.1f} s | {every / first:.1f} | {full / less:.1f} |")
-    full, less = caption_flops(PRESETS["wan-1.3b"], 32760, 256)
-    return "\n".join([*lines, f"| wan-1.3b | 32,760, 256 | {full / 1e15:.1f} PFLOP | {less / 1e15:.2f} PFLOP | not measured | {full / less:.1f} |"])
+            of = found(name)["mean and spread"][variant]
+            cells.append(title)
+            cells += ["{:.3f} ± {:.3f}".format(*of[m]) if m in of else "" for m in measures]
+        rows.append(cells)
+    return markdown(["", "the paper's", *measures, "ours", *measures], rows)
 
 
 def reading():
-    """Accuracy of the default runs' captions by the sampler's steps, with the video computed in each and in the first alone."""
-    of = stored("experiments/text_flow/results")["mean and spread"]["default"]
-    lines = ["| steps | " + " | ".join(map(str, STEPS)) + " |", "|---|" + "---|" * len(STEPS)]
-    for about, name in (("every step", "read in"), ("first alone", "video reused, read in")):
-        lines.append(f"| {about} | " + " | ".join("{:.3f} ± {:.3f}".format(*of[f"{name} @ {k}"]) for k in STEPS) + " |")
-    return "\n".join(lines)
+    """Accuracy of captions by the sampler's steps, the video computed in each or once."""
+    of = found("text_flow")["mean and spread"]["default"]
+    rows = []
+    for about, name in (("every step", "read in"), ("the first step", "video reused, read in")):
+        rows.append([about, *("{:.3f} ± {:.3f}".format(*of[f"{name} @ {k}"]) for k in STEPS)])
+    return markdown(["video computed in, by steps", *STEPS], rows)
 
 
-TABLES = {"results": results, "claims": claims, "choices": choices, "speed": speed, "steps": steps, "reuse": reuse, "reading": reading, "files": files, "equations": equations}
+# ---------------------------------------------------------------- costs
 
 
-def written(name):
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README.read_text(), re.S)[1].strip()
+def speed():
+    """What `python -m wan.bench --toy` stored."""
+    rows = []
+    for flags, of in stored("toy/results/bench-toy")["toy"].items():
+        about = f"`{flags}`" if flags else "the default"
+        rows.append([about, f"{of['clips_per_s']:.0f}", f"{of['loss']:.3f}"])
+    return markdown(["", "clips/s", "loss after 120 steps"], rows)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_generated_tables_are_as_stored(name):
-    assert written(name) == TABLES[name]()
+def settings():
+    """The defaults of training on real data."""
+    values = vars(train.Train()) | train.REAL
+    targets = {"recall": "the prompt", "refine": "the detailed caption"}
+    rows = []
+    for stage, target in targets.items():
+        n, lr, kind = (values[f"{stage}_{name}"] for name in ("steps", "lr", "optimizer"))
+        rows.append([stage, target, f"{n:,}", f"{lr:g}", kind, values["clocks"]])
+    head = ["stage", "text to write", "steps", "learning rate", "optimizer", "clocks"]
+    return markdown(head, rows)
+
+
+COLUMNS = ("video", "video + text", "diffusers, video")
+KINDS = ("training step", "denoising step")
+
+
+def steps():
+    """Seconds of a step on two CPU cores, ours beside diffusers'."""
+    rows = []
+    for run in (stored("wan/results/cpu-eager"), stored("wan/results/cpu-compile")):
+        for kind in KINDS:
+            of = [run["steps"][f"{name}, {kind}"]["seconds"] for name in COLUMNS]
+            mode = run["kind"].split(", ")[1]
+            rows.append([f"{kind}, {mode}", *(f"{x:.2f}" for x in (*of, of[0] / of[2]))])
+    return markdown(["seconds", *COLUMNS, "video : diffusers' video"], rows)
+
+
+def h100():
+    """Steps of the 1.3B model on one H100: seconds, share of its peak, memory."""
+    names = ("eager-keep-attention", "eager-full", "compile-keep-attention")
+    runs = [stored(f"wan/results/h100-{name}") for name in names]
+    head = [run["kind"].removeprefix("bf16 autocast, ") for run in runs]
+    rows = []
+    for kind in KINDS:
+        for name in COLUMNS[:2]:
+            cells = []
+            for run in runs:
+                of = run["steps"][f"{name}, {kind}"]
+                mfu = of["flops"] / of["seconds"] / PEAK["H100"]
+                cells.append(f"{of['seconds']:.2f} s, {mfu:.0%}, {of['gb']:.1f} GB")
+            rows.append([f"{name}, {kind}", *cells])
+    return markdown(["", *head], rows)
+
+
+def lines_of_h100():
+    return [json.loads(line) for line in text_of("wan/results/h100.jsonl").splitlines()]
+
+
+def attention():
+    """Self-attention of the 1.3B model on one H100, by kernel."""
+    rows = []
+    for of in lines_of_h100():
+        if of["part"] == "attention":
+            times = [f"{of[way]['ms']:.1f} ms" for way in ("forward", "forward_backward")]
+            rows.append([f"`{of['kernel']}`", f"{of['tokens']:,}", *times])
+    return markdown(["kernel", "tokens", "forward", "forward and backward"], rows)
+
+
+def sampling():
+    """Sampling of the 1.3B model on one H100."""
+    rows = []
+    for of in lines_of_h100():
+        if "ms" not in of or of.get("order") == "torch's":
+            continue
+        steps = f", steps: {of['steps']}" if "steps" in of else ""
+        guidance = f", guidance {of['guidance']}" if "guidance" in of else ""
+        time = f"{of['ms'] / 1000:.2f} s"
+        rows.append([of["part"] + steps + guidance, time, f"{of['peak_gb']:.1f} GB"])
+    return markdown(["", "time", "peak memory"], rows)
+
+
+def caption_flops(config, n_v, n_t, steps=50):
+    """FLOPs of a caption with the video's tokens computed in every step, and in the first alone.
+
+    Later steps then compute the text's tokens, which attend to the video's; the keys and values of
+    the prompt are there, too.
+    """
+    whole, d = forward_flops(config, n_v, n_t), config.dim
+    attended = 4 * config.num_layers * d * (n_t * n_v - d * config.prompt_len)
+    text = forward_flops(config, 0, n_t) + attended
+    return steps * whole, whole + (steps - 1) * text
+
+
+MID_SIZE = {
+    "dim": 512,
+    "num_layers": 8,
+    "num_heads": 8,
+    "ffn_dim": 2048,
+    "text_ffn_dim": 512,
+    "vocab_size": 1000,
+}
+
+
+def reuse():
+    """Seconds of a caption in 50 steps, the video computed in every step or once."""
+    mid, rows = dataclasses.replace(PRESETS["wan-1.3b"], **MID_SIZE), []
+    for n_t in (16, 64, 256):
+        run = stored(f"wan/results/cpu-understand-{n_t}")
+        n_v, every, once = run["video tokens"], *run["understand"].values()
+        full, less = caption_flops(mid, n_v, n_t)
+        times = f"{every / once:.1f}", f"{full / less:.1f}"
+        rows.append([f"mid-size, {n_v:,} and {n_t}", f"{every:.1f} s", f"{once:.1f} s", *times])
+    full, less = caption_flops(PRESETS["wan-1.3b"], 32760, 256)
+    flops = f"{full / 1e15:.1f} PFLOP", f"{less / 1e15:.2f} PFLOP"
+    rows.append(["wan-1.3b, 32,760 and 256", *flops, "", f"{full / less:.1f}"])
+    head = ["video and text tokens", "every step", "once", "times faster", "times fewer FLOPs"]
+    return markdown(head, rows)
+
+
+# ---------------------------------------------------------------- the model's forward
+
+# How a line of univigu.py begins, and what it does.
+FORWARD = {
+    "streams = {": "Turns each patch of the video latent into a token, and the video's clock into "
+    "shifts, scales and gates.",
+    'streams["t"] =': "Turns each text embedding into a token, and the text's clock into "
+    "shifts, scales and gates.",
+    "c = self.text_embedding(c)": "Brings the prompt to the width of the network.",
+    "h, kept = block(": "Each block updates the tokens `h` of both modalities.",
+    "x = join((self.norm1": "Normalises, scales and shifts the tokens of each modality by its own "
+    "clock, and joins them into one sequence.",
+    "a, kv = self.self_attn(": "All tokens attend to all: this is where video and text meet.",
+    "a, kv_c = self.cross_attn(": "All tokens attend to the prompt, as in Wan.",
+    "h = {m: h[m] + mod[m].gate_ffn": "Each modality goes through its own expert, `ffn[m]`.",
+    "v_v = -self.unpatchify(": "Turns video tokens back into a latent's velocity, data minus "
+    "noise; Wan's head gives noise minus data.",
+    "v_t = self.text_velocity(": "Turns text tokens into the velocity of the text.",
+}
+
+
+def source(start):
+    """The line of univigu.py that starts so, without its comment."""
+    lines = [line.strip() for line in text_of("univigu.py").splitlines()]
+    (line,) = {line for line in lines if line.startswith(start)}
+    return line.split("  #")[0].strip()
+
+
+def forward():
+    rows = [[k, f"`{source(start)}`", about] for k, (start, about) in enumerate(FORWARD.items(), 1)]
+    return markdown(["", "line", "what it does"], rows)
+
+
+# ---------------------------------------------------------------- the tests
+
+TABLES = {
+    README: [pictures, results, forward],
+    TOY: [speed],
+    RESULTS: [seeds, verdicts, claims, trainings, choices, reading],
+    WAN: [settings, h100, attention, sampling, steps, reuse],
+}
+PLACES = [(document, table) for document, tables in TABLES.items() for table in tables]
+
+
+def place(table):
+    name = table.__name__
+    return re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+
+
+@pytest.mark.parametrize("document, table", PLACES, ids=[t.__name__ for _, t in PLACES])
+def test_generated_tables_are_as_stored(document, table):
+    found = place(table).search(text_of(document))[0]
+    assert found.splitlines()[1:-1] == table().splitlines()
 
 
 def test_the_claims_are_judged_by_the_stored_numbers():
     full = json.loads(json.dumps(vars(FULL)))
-    assert len(experiments()) == len(EXPERIMENTS)
-    for experiment, found in experiments():
-        verdict, checks = judge(experiment.checks, found["each seed"])
-        assert (found["claim"], found["verdict"], found["checks"]) == (experiment.claim, verdict, checks) and len(found["seeds"]) >= 3
-        assert found["found"] == finding(verdict, checks) and found["budget"] == full
-
-
-def test_numbers_and_words_in_prose_are_those_of_the_code():
-    text = " ".join(README.read_text().split())
-    pictures, real = stored("seed0")["pictures"], SimpleNamespace(**vars(Train()) | REAL)
-    said = [*(f"*{pictures[f'{mode}.gif']}*" for mode in ("understand", "generate", "joint")),
-            f"{FULL.recall + FULL.refine} steps of text where the default has {sum(FULL.default[1:]):,}", f"{MARGIN} for \"better\"".removeprefix("0"),
-            f"recall {real.recall_steps:,} steps at {real.recall_lr:.0e}, refine {real.refine_steps:,} at {real.refine_lr:.0e}".replace("e-0", "e-"),
-            f"here {real.batch}, {real.p_drop} and {real.warmup:,} steps", f"`--p-drop` {Train.p_drop}", f"(`text_shift` {SAMPLING['joint']['text_shift']})",
-            f"{NUMBERS[len(EXPERIMENTS)]} experiments"]
-    assert [words for words in said if words not in text] == []
+    assert list(CLAIMS) == [experiment.name for experiment in EXPERIMENTS]
+    for experiment in EXPERIMENTS:
+        of = found(experiment.name)
+        verdict, checks = judge(experiment.checks, of["each seed"])
+        assert (of["claim"], of["verdict"], of["checks"]) == (experiment.claim, verdict, checks)
+        assert of["found"] == finding(verdict, checks)
+        assert of["budget"] == full and len(of["seeds"]) >= 3
 
 
 def test_reuse_is_ten_times_faster_where_the_text_is_short_and_costs_no_accuracy():
-    short = stored("bench-understand-16")
-    assert short["video tokens"] >= 2000 and "--understand 50" in short["command"] and short["understand"]["every"] > 10 * short["understand"]["first"]
-    checks = [c for c in stored("experiments/text_flow/results")["checks"] if "computed once" in c["says"]]
+    short = stored("wan/results/cpu-understand-16")
+    assert short["video tokens"] >= 2000 and "--understand 50" in short["command"]
+    assert short["understand"]["every"] > 10 * short["understand"]["first"]
+    checks = [c for c in found("text_flow")["checks"] if "computed once" in c["says"]]
     assert len(checks) == 2 and all(c["holds"] and c["above"] >= -0.005 for c in checks)
 
 
-def test_the_map_of_files_is_complete():
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert not tracked or {name for name in tracked if not name.startswith("tests/")} == set(ABOUT)
+def test_the_map_names_every_room():
+    names = {path.name for path in ROOT.glob("*.py")}
+    names |= {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")}
+    assert set(re.findall(r"^\| `([\w./]+)` \|", text_of(README), re.M)) == names
 
 
-def test_the_map_of_equations_is_complete():
-    assert {int(k) for k in re.findall(r"^\| (\d+) \|", equations(), re.M)} == set(range(1, 19))
+PROGRAM = re.compile(
+    r"\b(?:python (?:-m )?)?"
+    r"((?:train|sample)\.py|wan\.(?:bench|prepare|caption)|toy\.experiments)\b(.*)"
+)
 
 
-def commands():
-    """Every command of the README's blocks: (script or module, mode of sample.py, its words), a continued line as one."""
-    readme = README.read_text()
-    blocks = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", readme, re.M | re.S) if not kind] + re.findall(r"`((?:OMP_NUM_THREADS=1 taskset -c 0 )?(?:python|bench\.py) [^`]*)`", readme)
+def commands(document):
+    """(program, mode of sample.py, its words) of each command; a continued line is one."""
+    text = text_of(document)
+    blocks = [
+        body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if not kind
+    ]
+    blocks += re.findall(r"`((?:\w+=\S+ )*(?:taskset -c 0 )?python [^`]*)`", text)
     for line in re.sub(r"\\\n *", " ", "\n".join(blocks)).splitlines():
-        if match := re.search(r"\b(?:python (?:-m )?)?((?:train|sample|bench)\.py|wan\.(?:prepare|caption)|toy\.experiments)\b(.*)", line):
-            words = re.split(" {3,}", match[2])[0].split()          # what follows is about it
+        if match := PROGRAM.search(line):
+            words = re.split(" {3,}", match[2])[0].split()  # the rest explains the command
             yield match[1], words[0] if match[1] == "sample.py" else None, words
 
 
-def test_commands_name_flags_and_files_that_there_are():
-    helps, found = {}, list(commands())
-    assert len(found) > 20
-    for script, mode, words in found:
-        if (script, mode) not in helps:
-            start = [script] if script.endswith(".py") else ["-m", script]
-            helps[script, mode] = subprocess.run([sys.executable, *start, *([mode] if mode else []), "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def help_of():
+    """(program, mode) -> what --help prints."""
+    texts = {}
+
+    def ask(program, mode=None):
+        if (program, mode) not in texts:
+            start = [program] if program.endswith(".py") else ["-m", program]
+            argv = [sys.executable, *start, *filter(None, [mode]), "--help"]
+            done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+            texts[program, mode] = done.stdout
+        return texts[program, mode]
+
+    return ask
+
+
+def test_commands_name_flags_and_experiments_that_there_are(help_of):
+    everything = [command for document in TABLES for command in commands(document)]
+    assert len(everything) > 20
+    for program, mode, words in everything:
         for flag in (word for word in words if word.startswith("--")):
-            assert re.search(rf"{flag}\b", helps[script, mode]), (script, flag)
-        if script == "toy.experiments":
-            assert {word for word in words if not word.startswith("--")} <= {e.name for e in EXPERIMENTS}, words
-    for name in re.findall(r"\]\(((?!http|#)[^)]*)\)", README.read_text()):
-        assert (ROOT / name).exists(), name
-    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", README.read_text(), re.M)}
-    assert set(re.findall(r"\]\(#([^)]*)\)", README.read_text())) <= titles
+            assert re.search(rf"{flag}\b", help_of(program, mode)), (program, flag)
+        if program == "toy.experiments":
+            assert {w for w in words if not w.startswith("--")} <= set(CLAIMS), words
+
+
+# Flags of torchrun, pip, hf and ruff, and flags that are gone and that the changelog names.
+OTHERS = set(
+    "--nproc-per-node --nnodes --max-restarts --shutdown-timeout --rdzv-id --rdzv-backend "
+    "--rdzv-endpoint --include --check --nodes --ntasks-per-node --gpus-per-node --cpus-per-task "
+    "--signal".split()
+)
+
+
+def test_flags_in_the_text_are_flags_of_a_program(help_of):
+    programs = [("sample.py", mode) for mode in MODES]
+    programs += [
+        (name, None)
+        for name in ("train.py", "wan.bench", "wan.prepare", "wan.caption", "toy.experiments")
+    ]
+    known = {flag for program in programs for flag in re.findall(r"--[\w-]+", help_of(*program))}
+    for document in DOCUMENTS:
+        flags = set(
+            re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub("<!--|-->", "", text_of(document)))
+        )
+        assert flags <= known | OTHERS, (document, flags - known - OTHERS)
+
+
+def anchors(document):
+    """What GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ (.*)$", text_of(document), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = re.sub("`[^`\n]*`", "", text_of(document))
+    for link in re.findall(r"\]\(((?!http)[^)]*)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT)), link
 
 
 def test_tests_that_are_named_exist():
     """`pytest -k twenty tests/test_train.py` selects something."""
-    for words, path in re.findall(r"`pytest(?: -s)? (?:-k (\w+) )?(tests/\w+\.py)`", README.read_text()):
-        names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M)
-        assert any(words in name for name in names), (words, path)
+    pattern = r"`pytest(?: -s)? (?:-k (\w+) )?(tests/\w+\.py)`"
+    for document in DOCUMENTS:
+        for words, path in re.findall(pattern, text_of(document)):
+            names = re.findall(r"^def (test_\w+)", text_of(path), re.M)
+            assert any(words in name for name in names), (document, words, path)
 
 
 @pytest.mark.slow
-def test_the_idea_in_ten_lines_runs(tmp_path, monkeypatch, capsys, one_codec):
-    from toy.experiments import Budget
+def test_the_first_commands_run(tmp_path, monkeypatch, capsys):
+    """README's training and its three samples, on a model that has learned nothing."""
+    monkeypatch.chdir(tmp_path)
+    stages = "--generator-steps 1 --recall-steps 1 --refine-steps 1 --eval-clips 2"
+    train.main([*TINY.split(), *stages.split()])
+    block = re.search(r"^```\n(python sample\.py .*?)^```", text_of(README), re.M | re.S)[1]
+    for line in block.splitlines():
+        _, _, *words = re.split(r" (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", line)
+        sample.main([word.strip('"') for word in words])
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "circle.gif", "both.gif"}
 
-    code = re.search(r"^```python\n(from toy\.experiments.*?)^```", README.read_text(), re.M | re.S)[1]
-    code = code.replace('"runs/ideas"', repr(str(tmp_path))).replace("seeds=[0, 1, 2]", "seeds=[0, 1]")
-    tiny = "--batch 4 --dim 24 --text-dim 24 --ffn-dim 32 --text-ffn-dim 16 --num-layers 1 --warmup 1 --compile no --device cpu"
-    monkeypatch.setattr("toy.experiments.FULL", Budget(generator=2, recall=1, refine=2, clips=2, default=(2, 1, 2), flags=tiny))
-    exec(compile(code, "README.md", "exec"), {})
-    assert "four heads read better" in capsys.readouterr().out and {f.name for f in (tmp_path / "heads").iterdir()} == {"results.json", "figure.png"}
+
+def python_block(document, start):
+    """The block of Python in a document that begins so."""
+    return re.search(rf"^```python\n({re.escape(start)}.*?)^```", text_of(document), re.M | re.S)[1]
+
+
+def test_the_model_of_ones_own_trains(tmp_path, monkeypatch):
+    code, main = python_block(TOY, "from functools"), train.main
+    tiny = f"{TINY} --generator-steps 1 --recall-steps 1 --refine-steps 1 --eval-clips 0".split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "main", lambda argv, **options: main([*argv, *tiny], **options))
+    exec(compile(code, TOY, "exec"), {})
+    assert all((run / "refine" / "model.safetensors").is_file() for run in Path("runs").iterdir())
+
+
+@pytest.mark.slow
+def test_the_experiment_of_ones_own_runs(tmp_path, monkeypatch, capsys, one_codec):
+    code = python_block(TOY, "from toy.experiments")
+    code = code.replace('"runs/ideas"', repr(str(tmp_path))).replace("[0, 1, 2]", "[0, 1]")
+    budget = Budget(generator=2, recall=1, refine=2, clips=2, default=(2, 1, 2), flags=TINY)
+    monkeypatch.setattr("toy.experiments.FULL", budget)
+    exec(compile(code, TOY, "exec"), {})
+    assert "four heads read better" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "heads").iterdir()}
+    assert files == {"results.json", "figure.png"}
+
+
+def write():
+    for document, tables in TABLES.items():
+        text = text_of(document)
+        for table in tables:
+            text, places = place(table).subn(lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text)
+            assert places == 1, f"{document} has {places} places for the table {table.__name__}"
+        (ROOT / document).write_text(text)
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    for name, table in TABLES.items():
-        text, places = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + table() + "\n" + m[2], text, flags=re.S)
-        assert places == 1, f"README has {places} places for the table {name}"
-    README.write_text(text)
+    write()

@@ -38,7 +38,9 @@ def test_a_clip_depends_on_seed_split_and_index_only():
     frames = shapes.render(together)
     for row, index in enumerate([3, 900, 10**12]):
         alone = shapes.sample([index], "train", seed=5)
-        assert torch.equal(alone.attributes[0], together.attributes[row]) and torch.equal(alone.start[0], together.start[row])
+        assert torch.equal(alone.attributes[0], together.attributes[row]) and torch.equal(
+            alone.start[0], together.start[row]
+        )
         assert torch.equal(shapes.render(alone)[0], frames[row])
     for other in (shapes.sample(range(50), "train", 1), shapes.sample(range(50), "seen", 0)):
         assert not torch.equal(other.start, shapes.sample(range(50), "train", 0).start)
@@ -51,28 +53,35 @@ def test_frames_have_wans_layout_and_range(rendered):
 
 
 def test_how_often_each_value_occurs():
-    """Equally often; but a corner is open to two directions of four, an edge to three, the centre to all."""
+    """Equally often; but a corner is open to two directions, an edge to three, the centre to four."""
     attributes = shapes.sample(range(5_000), "train").attributes
     for name, options in shapes.ATTRIBUTES.items():
         expected = torch.full((len(options),), 1 / len(options))
         if name == "place":
             expected = torch.tensor([2, 3, 2, 3, 4, 3, 2, 3, 2]) / 24
-        share = torch.bincount(shapes.column(attributes, name), minlength=len(options)) / len(attributes)
+        share = torch.bincount(shapes.column(attributes, name), minlength=len(options)) / len(
+            attributes
+        )
         assert (share / expected - 1).abs().max() < 0.2, name
 
 
 def test_area_of_the_shapes():
-    """Pixel coverage sums to the area of the ideal shape, wherever its centre is: pi r^2, (2r)^2, 3/2 r^2, 20/9 r^2."""
+    """Pixel coverage sums to the area of the ideal shape, wherever its centre is.
+
+    That is pi r^2, (2r)^2, 3/2 r^2 and 20/9 r^2.
+    """
     area = {"circle": math.pi, "square": 4, "triangle": 1.5, "cross": 20 / 9}
     centres = 12 + torch.rand(200, 1, 2, generator=torch.Generator().manual_seed(0))
     for r in shapes.RADIUS.tolist():
         for shape in shapes.ATTRIBUTES["shape"]:
             covered = shapes.coverage(shape, torch.full((200,), r), centres).sum((1, 2, 3))
-            assert (covered / (area[shape] * r * r) - 1).abs().max() < (0.02 if shape == "circle" else 0.12), shape
+            assert (covered / (area[shape] * r * r) - 1).abs().max() < (
+                0.02 if shape == "circle" else 0.12
+            ), shape
 
 
 def test_edges_are_smooth():
-    """A tenth of a pixel to the right moves the centroid a tenth of a pixel: no jumps between pixels."""
+    """A tenth of a pixel to the right moves the centroid a tenth of a pixel: nothing jumps."""
     centres = torch.stack([12 + torch.arange(10) / 10, torch.full((10,), 12.0)], 1)[:, None]
     alpha = shapes.coverage("circle", torch.full((10,), 3.0), centres)
     x = (alpha * (torch.arange(24) + 0.5)).sum((1, 2, 3)) / alpha.sum((1, 2, 3))
@@ -89,7 +98,7 @@ def test_shapes_stay_wholly_in_frame(rendered):
 
 
 def test_motion_of_a_clip(rendered):
-    """From the first frame to the last, 3 or 6 pixels along the direction, from within a pixel of the place's centre."""
+    """It starts within a pixel of its place's centre, and goes 3 or 6 pixels in its direction."""
     clips, _ = rendered["train"]
     for (x, y), said in zip(clips.start.tolist(), shapes.names(clips.attributes)):
         row, col = said["place"].split()
@@ -101,12 +110,18 @@ def test_motion_of_a_clip(rendered):
 
 
 def test_split(rendered):
-    """A tenth of the 96 combinations is held out, and no attribute with it: each value trains in many combinations."""
-    assert len(shapes.COMBINATIONS) == 96 and len(set(shapes.HELD_OUT)) == 10 and len(shapes.SEEN) == 86
+    """A tenth of the 96 combinations is held out; each value still trains in many combinations."""
+    assert (
+        len(shapes.COMBINATIONS) == 96
+        and len(set(shapes.HELD_OUT)) == 10
+        and len(shapes.SEEN) == 86
+    )
     seen = {split: set(combinations(clips)) for split, (clips, _) in rendered.items()}
     assert seen["unseen"] == set(shapes.HELD_OUT)
     assert seen["train"] == seen["seen"] == set(shapes.SEEN)
-    for value in (value for name in ("colour", "shape", "direction") for value in shapes.ATTRIBUTES[name]):
+    for value in (
+        value for name in ("colour", "shape", "direction") for value in shapes.ATTRIBUTES[name]
+    ):
         kept = sum(value in combination for combination in shapes.SEEN)
         assert kept >= 0.8 * sum(value in combination for combination in shapes.COMBINATIONS), value
     pairs = {pair for a, b, c in shapes.SEEN for pair in ((a, b), (a, c), (b, c))}
@@ -139,7 +154,10 @@ def test_text_round_trip(world, rendered):
         assert world.tokenizer.decode(y) == texts
         assert [words.parse(text) for text in texts] == said
         for brief, values in zip(words.brief(clips.attributes), said):
-            kept = {name: values[name] if name in ("colour", "shape", "direction") else None for name in values}
+            kept = {
+                name: values[name] if name in ("colour", "shape", "direction") else None
+                for name in values
+            }
             assert words.parse(brief, words.BRIEF) == kept
 
 
@@ -149,7 +167,9 @@ def test_a_wrong_word_loses_one_attribute():
     for position in range(15):
         broken = text.split()
         broken[position] = "moving"
-        lost = [name for name, value in words.parse(" ".join(broken)).items() if value != truth[name]]
+        lost = [
+            name for name, value in words.parse(" ".join(broken)).items() if value != truth[name]
+        ]
         assert len(lost) == (position in (1, 2, 3, 5, 6, 9, 10, 13))
     assert set(words.parse("").values()) == {None}
     assert words.parse(text + " left left")["direction"] == "right"
@@ -161,7 +181,9 @@ def test_tokenizer_layout_and_errors(world):
     assert y[1].tolist() == [words.EOS] + [words.PAD] * 15
     garbage = torch.cat([y[:1, :6], y[:1, :10]], 1)
     assert world.tokenizer.decode(garbage) == ["a red circle moving right"]  # cut at the first EOS
-    with pytest.raises(ValueError, match="word is 'hexagon', wanted one of: a and background .* yellow"):
+    with pytest.raises(
+        ValueError, match="word is 'hexagon', wanted one of: a and background .* yellow"
+    ):
         world.tokenizer.encode(["a red hexagon moving right"])
     with pytest.raises(ValueError, match="text has 16 words, wanted at most 15"):
         world.tokenizer.encode(["a " * 16])
@@ -177,7 +199,10 @@ def test_prompt_encoder(world):
     assert torch.equal(c[0, :4], c[1, :4]) and not torch.equal(c[0, 4], c[1, 4])
     assert (c[:, 5:] == 0).all() and (c[2] == 0).all()
     assert abs(world.prompt_encoder.word.std() - 1) < 0.05
-    assert torch.equal(c, World(seed=9).prompt_encoder(["a red circle moving right", "a red circle moving left", ""]))
+    assert torch.equal(
+        c,
+        World(seed=9).prompt_encoder(["a red circle moving right", "a red circle moving left", ""]),
+    )
 
 
 # ---- codec
@@ -190,14 +215,28 @@ def test_basis_is_orthonormal():
 
 
 def test_the_vectors_kept_are_the_largest(rendered):
-    """No vector left out has more variance in the training clips than one that is kept (ties within 10%)."""
+    """No vector left out has more variance in the training clips than one kept (within 10%)."""
     _, frames = rendered["train"]
     for kept, t, part in ((FIRST, 1, frames[:, :, :1]), (GROUP, STRIDE_T, frames[:, :, 1:])):
-        every = [c + "t" * i + "y" * j + "x" * k for c in "Lab" for i in range(t) for j in range(STRIDE) for k in range(STRIDE)]
-        cells = part.unfold(2, t, t).unfold(3, STRIDE, STRIDE).unfold(4, STRIDE, STRIDE)  # (B, 3, F, H, W, t, y, x)
-        variance = torch.einsum("brfhwtyx,crtyx->bcfhw", cells, basis(every, t)).square().mean((0, 2, 3, 4))
+        every = [
+            c + "t" * i + "y" * j + "x" * k
+            for c in "Lab"
+            for i in range(t)
+            for j in range(STRIDE)
+            for k in range(STRIDE)
+        ]
+        cells = (
+            part.unfold(2, t, t).unfold(3, STRIDE, STRIDE).unfold(4, STRIDE, STRIDE)
+        )  # (B, 3, F, H, W, t, y, x)
+        variance = (
+            torch.einsum("brfhwtyx,crtyx->bcfhw", cells, basis(every, t))
+            .square()
+            .mean((0, 2, 3, 4))
+        )
         variance = dict(zip(every, variance.tolist()))
-        assert min(variance[name] for name in kept) >= 0.9 * max(v for name, v in variance.items() if name not in kept)
+        assert min(variance[name] for name in kept) >= 0.9 * max(
+            v for name, v in variance.items() if name not in kept
+        )
 
 
 def test_codec_is_linear():
@@ -215,7 +254,7 @@ def test_encode_inverts_decode():
 
 
 def test_codec_is_causal(rendered):
-    """Frame k reaches latent ceil(k/4) and no other; a video's first frame codes as the image alone."""
+    """Frame k reaches latent ceil(k/4) alone; a video's first frame is coded as an image is."""
     _, frames = rendered["train"]
     codec = Codec()
     z_v = codec.encode(frames[:2])
@@ -229,7 +268,7 @@ def test_codec_is_causal(rendered):
 
 
 def test_normalisation_constants(rendered):
-    """Means are zero, the overall RMS is 1.09, and no channel's deviation is off its constant by more than a tenth."""
+    """Means are zero, the RMS is 1.09, each channel's deviation within a tenth of its constant."""
     _, frames = rendered["train"]
     z_v = Codec().encode(frames)
     assert abs(z_v.square().mean().sqrt() - 1.09) < 0.02
@@ -246,7 +285,10 @@ def test_codec_refuses_what_does_not_fit():
         codec.encode(torch.zeros(1, 3, 9, 24, 25))
     with pytest.raises(ValueError, match=r"frames have shape \(3, 9, 24, 24\), wanted"):
         codec.encode(torch.zeros(3, 9, 24, 24))
-    with pytest.raises(ValueError, match=rf"z_v has shape \(1, 8, 3, 8, 8\), wanted \(B, {Codec.channels}, F, H, W\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"z_v has shape \(1, 8, 3, 8, 8\), wanted \(B, {Codec.channels}, F, H, W\)",
+    ):
         codec.decode(torch.zeros(1, 8, 3, 8, 8))
 
 
@@ -255,16 +297,22 @@ def test_codec_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("split", ["seen", "unseen"])
 def test_oracle_reads_clips_back(rendered, split):
-    """Every attribute of clean clips; nearly every one after the codec, and after the codec with noisy latents."""
+    """Every attribute of clean clips, nearly every one after the codec, with noisy latents too."""
     clips, frames = rendered[split]
     codec = Codec()
     z_v = codec.encode(frames)
     coded = codec.decode(z_v)
     error = (coded - frames).square().mean().sqrt()
     print(f"{split} round-trip RMSE {error:.4f}")
-    assert abs(error - 0.114) < 0.001                               # as README says, and below .997
-    noisy = z_v[:500] + 0.2 * torch.randn(z_v[:500].shape, generator=torch.Generator().manual_seed(0))
-    for name, video, wanted in (("clean", frames, 0.99), ("coded", coded, 0.9965), ("noisy", codec.decode(noisy), 0.98)):
+    assert abs(error - 0.114) < 0.001  # as README says, and below .997
+    noisy = z_v[:500] + 0.2 * torch.randn(
+        z_v[:500].shape, generator=torch.Generator().manual_seed(0)
+    )
+    for name, video, wanted in (
+        ("clean", frames, 0.99),
+        ("coded", coded, 0.9965),
+        ("noisy", codec.decode(noisy), 0.98),
+    ):
         accuracy = (read(video) == clips.attributes[: len(video)]).float().mean(0)
         print(split, name, " ".join(f"{a} {v:.4f}" for a, v in zip(shapes.ATTRIBUTES, accuracy)))
         assert accuracy.min() >= wanted, f"{split}, {name}: {accuracy.tolist()}"
@@ -272,12 +320,13 @@ def test_oracle_reads_clips_back(rendered, split):
 
 @pytest.mark.parametrize("flaw", ["noise", "pale", "tinted"])
 def test_oracle_bears_flaws(rendered, flaw):
-    """What a generator may get wrong: noise of 0.3 on every pixel, half of the contrast lost, a shift of all colours."""
+    """What a generator may get wrong: noise of 0.3, half of the contrast lost, all colours shifted."""
     clips, frames = rendered["seen"]
     attributes, frames = clips.attributes[:300], frames[:300]
     background = shapes.BACKGROUND[shapes.column(attributes, "background")].reshape(-1, 1, 1, 1, 1)
     video = {
-        "noise": frames + 0.3 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0)),
+        "noise": frames
+        + 0.3 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0)),
         "pale": background + 0.5 * (frames - background),
         "tinted": frames + torch.tensor([0.15, 0.0, -0.15]).reshape(3, 1, 1, 1),
     }[flaw].clamp(-1, 1)
@@ -288,8 +337,12 @@ def test_oracle_always_answers():
     """Videos that show no shape at all still get indices in range."""
     noise = torch.randn(4, 3, 9, 24, 24, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     found = read(torch.cat([noise, torch.zeros(1, 3, 9, 24, 24), torch.ones(1, 3, 9, 24, 24)]))
-    assert (found >= 0).all() and (found < torch.tensor([len(v) for v in shapes.ATTRIBUTES.values()])).all()
-    with pytest.raises(ValueError, match=r"frames have shape \(1, 3, 5, 24, 24\), wanted \(B, 3, 9, 24, 24\)"):
+    assert (found >= 0).all() and (
+        found < torch.tensor([len(v) for v in shapes.ATTRIBUTES.values()])
+    ).all()
+    with pytest.raises(
+        ValueError, match=r"frames have shape \(1, 3, 5, 24, 24\), wanted \(B, 3, 9, 24, 24\)"
+    ):
         read(torch.zeros(1, 3, 5, 24, 24))
 
 

@@ -1,4 +1,4 @@
-"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, and what is stored in it is what it gives."""
+"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, and gives what it stores."""
 
 import json
 import re
@@ -13,9 +13,10 @@ FILE = ROOT / "toy" / "walkthrough.ipynb"
 NOTEBOOK = json.loads(FILE.read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 TRAINS = next(i for i, cell in enumerate(CODE) if "learn(STEPS)" in "".join(cell["source"]))
-MOST_STEPS = 1500                                                   # of 16 clips: under two minutes on two CPU cores
+MOST_STEPS = 1500  # of 16 clips: under two minutes on two CPU cores
 
-# Runs cells as Jupyter does, but for the display of a last expression: prints of each what it printed and how many figures it drew, as JSON.
+# Runs cells as Jupyter does, but for the display of a last expression. Prints, as JSON, what each
+# printed and how many figures it drew.
 RUN = """
 import io, json, sys
 from contextlib import redirect_stdout
@@ -34,8 +35,16 @@ print(json.dumps(outputs))
 
 def run(sources, folder):
     """What each source prints and draws, run in this order in a fresh process."""
-    process = subprocess.run([sys.executable, "-c", RUN], input=json.dumps(sources), cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0 and not process.stderr, process.stderr[-3000:]            # warnings would be stored too
+    process = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps(sources),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0 and not process.stderr, process.stderr[
+        -3000:
+    ]  # warnings would be stored too
     return json.loads(process.stdout)
 
 
@@ -45,7 +54,9 @@ def sources(cells):
 
 def stored(cell):
     """What a cell's stored outputs show: printed text, and how many pictures."""
-    text = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+    text = "".join(
+        "".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream"
+    )
     return text, sum("image/png" in out.get("data", {}) for out in cell["outputs"])
 
 
@@ -55,17 +66,25 @@ def numbers(text):
 
 def table(text):
     """The rows of the last table: name -> mean accuracy, chance."""
-    return {name.strip(): (float(mean), float(chance)) for name, mean, chance in re.findall(r"^(\w+: .*?) +(\d\.\d+) +(\d\.\d+)", text, re.M)}
+    return {
+        name.strip(): (float(mean), float(chance))
+        for name, mean, chance in re.findall(r"^(\w+: .*?) +(\d\.\d+) +(\d\.\d+)", text, re.M)
+    }
 
 
 def test_stored_outputs_are_those_of_one_run_and_small():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
-    for cell in CODE[1:]:                                           # the first one imports
+    for cell in CODE[1:]:  # the first one imports
         assert any(stored(cell)), sources([cell])
     for out in (out for cell in CODE for out in cell["outputs"]):
-        assert out["output_type"] in ("stream", "display_data") and out.get("name", "stdout") == "stdout", out
+        assert (
+            out["output_type"] in ("stream", "display_data")
+            and out.get("name", "stdout") == "stdout"
+        ), out
         said = "".join(out.get("text", "")) + "".join(out.get("data", {}).get("text/plain", ""))
-        assert not re.search(r"(?<![\w.])[/\\]\w+[/\\]\w|\b[A-Z]:\\", said), said              # a path of the machine it ran on
+        assert not re.search(r"(?<![\w.])[/\\]\w+[/\\]\w|\b[A-Z]:\\", said), (
+            said
+        )  # a path of the machine it ran on
     assert FILE.stat().st_size < 400_000
     assert set(NOTEBOOK["metadata"]) <= {"kernelspec", "language_info"}
 
@@ -77,19 +96,43 @@ def test_it_starts_from_the_root_and_from_its_own_folder(folder):
 
 @pytest.mark.slow
 def test_it_gives_what_is_stored():
-    further = re.findall(r"```python\n(.*?)```", "".join(sources(c for c in NOTEBOOK["cells"] if c["cell_type"] == "markdown")), re.S)
-    found = run([*sources(CODE), "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy")     # what the text proposes runs too
+    further = re.findall(
+        r"```python\n(.*?)```",
+        "".join(sources(c for c in NOTEBOOK["cells"] if c["cell_type"] == "markdown")),
+        re.S,
+    )
+    found = run(
+        [*sources(CODE), "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy"
+    )  # what the text proposes runs too
     for i, (cell, (text, pictures)) in enumerate(zip(CODE, found)):
         known, pictures_known = stored(cell)
         assert pictures == pictures_known, (i, pictures, pictures_known)
         if i < TRAINS:
-            assert re.sub(r"\d+\.?\d*", "#", text) == re.sub(r"\d+\.?\d*", "#", known), (i, text, known)
-            assert numbers(text) == pytest.approx(numbers(known), rel=0.01, abs=0.011), (i, text, known)
-    (steps, clips, seconds), (steps_known, _, seconds_known) = (numbers(text) for text in (found[TRAINS][0], stored(CODE[TRAINS])[0]))
-    print(f"{steps:.0f} steps of {clips:.0f} clips in {seconds:.0f} s; stored: {seconds_known:.0f} s")
-    assert steps == steps_known <= MOST_STEPS and clips == 16      # steps, for seconds are the machine's
+            assert re.sub(r"\d+\.?\d*", "#", text) == re.sub(r"\d+\.?\d*", "#", known), (
+                i,
+                text,
+                known,
+            )
+            assert numbers(text) == pytest.approx(numbers(known), rel=0.01, abs=0.011), (
+                i,
+                text,
+                known,
+            )
+    (steps, clips, seconds), (steps_known, _, seconds_known) = (
+        numbers(text) for text in (found[TRAINS][0], stored(CODE[TRAINS])[0])
+    )
+    print(
+        f"{steps:.0f} steps of {clips:.0f} clips in {seconds:.0f} s; stored: {seconds_known:.0f} s"
+    )
+    assert (
+        steps == steps_known <= MOST_STEPS and clips == 16
+    )  # steps, for seconds are the machine's
     rows, rows_known = table(found[len(CODE) - 1][0]), table(stored(CODE[-1])[0])
     assert len(rows) == 4 and rows.keys() == rows_known.keys()
     for name, (mean, chance) in rows.items():
-        assert mean == pytest.approx(rows_known[name][0], abs=0.12), (name, mean, rows_known[name])  # another processor rounds otherwise, and training adds it up
+        assert mean == pytest.approx(rows_known[name][0], abs=0.12), (
+            name,
+            mean,
+            rows_known[name],
+        )  # another processor rounds otherwise, and training adds it up
         assert mean > chance + 0.1, (name, mean, chance)

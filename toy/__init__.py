@@ -1,31 +1,22 @@
-"""The toy world: moving shapes, their words, a fixed codec, and an oracle that reads videos back."""
-
-import sys
-
-if sys.argv[:1] == ["-m"]:  # as a command; Ctrl-C ends it quietly, also in the imports
-    sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
+"""The toy world: moving shapes, their words, a fixed codec, and an oracle that reads videos."""
 
 from torch.utils.data import Dataset
 
+from . import evaluate as evaluation
 from . import shapes, words
 from .codec import Codec
-from . import evaluate as evaluation
 
 
 class World:
-    """What the training loop and sample.py need of a world.
-
-    `codec`, `prompt_encoder`, `tokenizer`, `dataset(split)`; `shape` (C, F, H, W) of one z_v, `frame_shape` (3, T, H, W) of
-    one clip, `text_len` N; `sampling`: mode -> how it samples by default; `check(config)`, `evaluate(...)`; `sizes`: Config
-    fields that the data decides where the preset does not; `state`: what a checkpoint stores to make this world again; `shown`: what the last
-    evaluation has to show beside its results, see pages.write_report.
-    """
+    """An engine.world.World of clips that are drawn on the fly, endlessly."""
 
     sampling = evaluation.SAMPLING
     sizes: dict = {}
-    shown: dict = {}
     state = {"world": "toy"}
-    fixed_size, fps, negative_prompt, endings = True, 8, "", (".gif", ".mp4", ".npy")  # what sample.py asks: the toy has one size
+    fixed_size = True
+    fps = 8
+    negative_prompt = ""
+    endings = (".gif", ".mp4", ".npy")
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -34,32 +25,43 @@ class World:
         self.prompt_encoder = words.PromptEncoder(self.tokenizer)
         self.shape = self.codec.latent_shape(shapes.T, shapes.H, shapes.W)  # (C, F, H, W)
         self.frame_shape = (3, shapes.T, shapes.H, shapes.W)
+        self.frame_sizes = [(shapes.H, shapes.W)]
         self.text_len = words.N
 
     def check(self, config):
-        """Raises ValueError where a model's sizes are not the world's."""
-        for name, wanted in dict(in_dim=self.shape[0], out_dim=self.shape[0], vocab_size=len(self.tokenizer), text_len=self.text_len,
-                                 prompt_dim=self.prompt_encoder.width).items():
-            if getattr(config, name) != wanted:
-                raise ValueError(f"{name} is {getattr(config, name)}, but the data 'toy' has {wanted}")
+        """Raises ValueError where a model's sizes do not fit the toy's."""
+        wanted = {
+            "in_dim": self.shape[0],
+            "out_dim": self.shape[0],
+            "vocab_size": len(self.tokenizer),
+            "text_len": self.text_len,
+            "prompt_dim": self.prompt_encoder.width,
+        }
+        for name, size in wanted.items():
+            if getattr(config, name) != size:
+                found = f"{name} is {getattr(config, name)}"
+                raise ValueError(f"{found}, wanted {size}, as the data 'toy' has")
         if config.prompt_len < self.text_len:
-            raise ValueError(f"prompt_len is {config.prompt_len}, but the data 'toy' has prompts of {self.text_len}")
+            found = f"prompt_len is {config.prompt_len}"
+            raise ValueError(f"{found}, wanted at least {self.text_len}, as the data 'toy' has")
         if any(size % patch for size, patch in zip(self.shape[1:], config.patch_size)):
-            raise ValueError(f"patch_size is {config.patch_size}, but the data 'toy' has latents of {self.shape[1:]}, wanted divisors")
+            found = f"patch_size is {config.patch_size}"
+            raise ValueError(f"{found}, wanted divisors of the toy's latents, {self.shape[1:]}")
 
     def dataset(self, split):
-        """The clips of "train", "seen" or "unseen" as a Dataset. Raises ValueError for another split."""
+        """The clips of "train", "seen" or "unseen". Raises ValueError for another split."""
         return Shapes(self, split)
 
     def evaluate(self, model, out, clips, elapsed, has_text):
         """See toy/evaluate.py."""
-        return evaluation.evaluate(model, self, out, clips, self.seed, elapsed, has_text)
+        return evaluation.evaluate(model, self, out, clips, elapsed, has_text)
 
 
 class Shapes(Dataset):
-    """Endless clips, made when asked for: any integers >= 0 are indices, so it has no length and stores nothing.
+    """Endless clips: any integers >= 0 are indices, so it has no length and stores nothing.
 
-    A batch is made in one go and comes out collated: a DataLoader needs a batch sampler and `collate_fn=lambda batch: batch`.
+    A batch is drawn at once and comes out collated: a DataLoader needs a batch sampler, and a
+    `collate_fn` that returns what it is given.
     """
 
     def __init__(self, world, split):
@@ -76,13 +78,16 @@ class Shapes(Dataset):
         return range(step * size, (step + 1) * size)
 
     def __getitems__(self, indices):
-        """B indices -> dict(z_v (B, C, F, H, W) float32, prompt and caption (B, N) int64, c (B, L, width) float32)."""
+        """B indices -> a batch: "z_v" (B, C, F, H, W) and "c" (B, L, width), float32, and
+        "prompt" and "caption" (B, N), int64.
+        """
         clips = self.clips(indices)
         prompts = words.brief(clips.attributes)
+        captions = words.detailed(clips.attributes)
         return {
             "z_v": self.world.codec.encode(shapes.render(clips)),
             "prompt": self.world.tokenizer.encode(prompts),
-            "caption": self.world.tokenizer.encode(words.detailed(clips.attributes)),
+            "caption": self.world.tokenizer.encode(captions),
             "c": self.world.prompt_encoder(prompts),
         }
 

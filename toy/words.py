@@ -1,4 +1,4 @@
-"""The words of the toy world: two forms of description, their tokens, and the frozen stand-in for umT5."""
+"""The toy's words: two forms of description, their tokens, and a frozen stand-in for umT5."""
 
 import numpy as np
 import torch
@@ -9,7 +9,10 @@ N = 16  # tokens of a text: words, EOS, PAD ...
 PAD, EOS = 0, 1
 
 BRIEF = "a {colour} {shape} moving {direction}"
-DETAILED = "a {size} {colour} {shape} starts {place} and moves {speed} {direction} on a {background} background"
+DETAILED = (
+    "a {size} {colour} {shape} starts {place} and moves {speed} {direction}"
+    " on a {background} background"
+)
 
 
 def brief(attributes):
@@ -23,10 +26,10 @@ def detailed(attributes):
 
 
 def parse(text, form=DETAILED):
-    """What a text says: attribute -> value, or None where it says nothing valid. Any text is accepted.
+    """What a text says: attribute -> value, or None where it says nothing valid. Takes any text.
 
-    An attribute is read at its position in the form and nowhere else, since "left" and "right" are places and
-    directions; so a wrong word costs one attribute.
+    An attribute is read at its position in the form and nowhere else, since "left" is a place and a
+    direction; so a wrong word costs one attribute.
     """
     words = iter(text.split())
     said = dict.fromkeys(ATTRIBUTES)
@@ -39,7 +42,10 @@ def parse(text, form=DETAILED):
 
 
 class Tokenizer:
-    """Text <-> y (B, N) int64: one token a word, then EOS, then PAD. `words[i]` is the word of token i."""
+    """Text <-> y (B, N) int64: a token for each word, then EOS, then PAD.
+
+    `words[i]` is the word of token i.
+    """
 
     def __init__(self):
         values = " ".join(value for options in ATTRIBUTES.values() for value in options)
@@ -51,7 +57,10 @@ class Tokenizer:
         return len(self.words)
 
     def encode(self, texts):
-        """B texts -> y (B, N) int64. Raises ValueError for a word outside the vocabulary and for over N - 1 words."""
+        """B texts -> y (B, N) int64.
+
+        Raises ValueError for a word outside the vocabulary, and for more than N - 1 words.
+        """
         rows = [self.encode_one(text) for text in texts]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, N)
 
@@ -59,14 +68,18 @@ class Tokenizer:
         """One text -> list of N ints."""
         words = text.split()
         if len(words) > N - 1:
-            raise ValueError(f"text has {len(words)} words, wanted at most {N - 1}: {text[:60]!r}...")
+            found = f"text has {len(words)} words"
+            raise ValueError(f"{found}, wanted at most {N - 1}: {text[:60]!r}...")
         for word in words:
             if word not in self.ids:
                 raise ValueError(f"word is {word[:60]!r}, wanted one of: {' '.join(self.ids)}")
         return [self.ids[word] for word in words] + [EOS] + [PAD] * (N - 1 - len(words))
 
     def decode(self, y):
-        """y (B, any length) int64 -> B texts, each cut at its first EOS. Raises ValueError for an id out of range."""
+        """y (B, any length) int64 -> B texts, each cut at its first EOS.
+
+        Raises ValueError for an id out of range.
+        """
         if y.numel() and not 0 <= y.min() <= y.max() < len(self):
             raise ValueError(f"token ids span {y.min()}..{y.max()}, wanted 0..{len(self) - 1}")
         rows = (row[: row.index(EOS)] if EOS in row else row for row in y.tolist())
@@ -74,20 +87,21 @@ class Tokenizer:
 
 
 class PromptEncoder:
-    """Text -> c (B, N, width) float32: a fixed random vector per word plus a fixed code per position, then zeros.
+    """Text -> c (B, N, width) float32: for each word a fixed random vector and its position's code.
 
-    Words enter with unit variance. After the words come zeros, not a mask, as in Wan; so "" is all zeros, the null prompt.
+    The vectors have unit variance. After the words come zeros, not a mask, as in Wan; so "" is all
+    zeros, the null prompt.
     """
 
     def __init__(self, tokenizer, width=64):
         self.tokenizer, self.width = tokenizer, width
-        stream = np.random.RandomState(0)  # the one generator whose numbers never change with the version of numpy
+        stream = np.random.RandomState(0)  # its numbers are the same in every version of numpy
         self.word = torch.from_numpy(stream.randn(len(tokenizer), width)).float()
         rate = 100.0 ** -torch.linspace(0, 1, width // 2)
-        angle = torch.arange(N)[:, None] * rate                                                         # (N, width/2)
-        self.position = torch.cat([angle.sin(), angle.cos()], 1)                                        # (N, width)
+        angle = torch.arange(N)[:, None] * rate  # (N, width/2)
+        self.position = torch.cat([angle.sin(), angle.cos()], 1)  # (N, width)
 
     def __call__(self, texts):
         """B texts -> c (B, N, width). Raises ValueError as Tokenizer.encode does."""
-        y = self.tokenizer.encode(texts)                                                                # (B, N)
-        return (self.word[y] + self.position) * (y > EOS)[..., None]                                    # (B, N, width)
+        y = self.tokenizer.encode(texts)  # (B, N)
+        return (self.word[y] + self.position) * (y > EOS)[..., None]  # (B, N, width)

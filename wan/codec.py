@@ -1,7 +1,8 @@
-"""Wan2.1's own eyes and ears: its VAE (frames <-> z_v), its text encoder umT5 (prompt -> c), and umT5's tokenizer (text <-> y).
+"""Wan2.1's VAE (frames <-> z_v), its text encoder umT5 (prompts -> c) and umT5's tokenizer.
 
-Each is read from a Wan2.1 folder in the diffusers layout (vae/, text_encoder/, tokenizer/) or from such a repository of the hub, of which
-only the part that is needed is downloaded. All raise FileNotFoundError for a part that is missing, ValueError for one that is damaged or of another kind.
+Each is read from a Wan2.1 folder in the diffusers layout (vae/, text_encoder/, tokenizer/) or from
+such a repository of the hub, of which only the part that is needed is downloaded. All raise
+FileNotFoundError for a part that is missing, ValueError for one that is damaged or of another kind.
 """
 
 import hashlib
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 
-from .data import EOS, PAD
-from .weights import ask_hub, one_line, open_safetensors, read_json, some
+from engine.files import one_line, read_json, shorten
+
+from .shards import EOS, PAD
+from .weights import ask_hub, open_safetensors
 
 try:
     import ftfy
@@ -24,37 +27,72 @@ try:
     from diffusers import AutoencoderKLWan
     from transformers import UMT5EncoderModel
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error.name} is not installed: pip install -r requirements-wan.txt", name=error.name) from None
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed: pip install -r requirements-wan.txt", name=error.name
+    ) from None
 
 STRIDE_T = 4  # frames of a latent; diffusers' encode has it built in
-WRITTEN_BY = ("transformers_version", "dtype", "torch_dtype")  # keys of a config.json that change when it is written again
+LATENTS = ("normalised", "raw")
+# Keys of a config.json that change when another version writes it.
+WRITTEN_BY = ("transformers_version", "dtype", "torch_dtype")
 
 
 class Codec:
-    """frames (B, 3, 1 + 4n, H, W) in [-1, 1] <-> z_v (B, 16, 1 + n, H/8, W/8), float32, by Wan's VAE. Follows its input's device.
+    """frames (B, 3, 1 + 4n, H, W) in [-1, 1] <-> z_v (B, 16, 1 + n, H/8, W/8), by Wan's VAE.
 
-    latents: "normalised" per channel by the mean and deviation in the VAE's config, as Wan's transformer wants them, or "raw", as the
-    published Uni-ViGU weights do. tiling: large frames in overlapping tiles, for less memory. offload: the VAE stays on the CPU between calls.
+    Both are float32 and on the device of what comes in. latents: "normalised" per channel by the
+    mean and deviation in the VAE's config, as Wan's transformer wants them, or "raw", as the
+    published Uni-ViGU weights do. tiling: large frames in overlapping tiles, for less memory.
+    offload: the VAE stays on the CPU between calls.
     """
 
-    def __init__(self, path, device="cpu", dtype=torch.float32, *, latents="normalised", tiling=False, offload=False):
-        if latents not in ("normalised", "raw"):
-            raise ValueError(f"latents is {latents!r}, wanted 'normalised' or 'raw'")
+    def __init__(
+        self,
+        path,
+        device="cpu",
+        dtype=torch.float32,
+        *,
+        latents="normalised",
+        tiling=False,
+        offload=False,
+    ):
+        if latents not in LATENTS:
+            raise ValueError(f"latents is {latents!r}, wanted one of {', '.join(LATENTS)}")
         self.device, self.offload = torch.device(device), offload
         self.folder = locate(path, "vae")
-        self.vae, self.tensors = load(AutoencoderKLWan, self.folder, "diffusion_pytorch_model", dtype, low_cpu_mem_usage=False)
+        self.vae, self.tensors = load_frozen(
+            AutoencoderKLWan,
+            self.folder,
+            "diffusion_pytorch_model",
+            dtype,
+            low_cpu_mem_usage=False,
+        )
         if tiling:
             self.vae.enable_tiling()
         config = self.vae.config
         self.channels = config.z_dim
-        self.stride = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)                        # Wan: 8
-        if 2 ** sum(config.temperal_downsample) != STRIDE_T:
-            raise ValueError(f"{self.folder / 'config.json'} has temperal_downsample {config.temperal_downsample}, wanted two that are true")
-        if len(config.latents_mean) != self.channels or len(config.latents_std) != self.channels or not min(config.latents_std) > 0:
-            raise ValueError(f"{self.folder / 'config.json'} has latents_mean {config.latents_mean} and latents_std {config.latents_std}, "
-                             f"wanted {self.channels} of each, deviations above 0")
-        mean, std = (config.latents_mean, config.latents_std) if latents == "normalised" else ([0.0] * self.channels, [1.0] * self.channels)
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (mean, std))        # (C, 1, 1, 1)
+        self.stride = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)  # Wan: 8
+        self.check_config(config)
+        mean, std = [0.0] * self.channels, [1.0] * self.channels
+        if latents == "normalised":
+            mean, std = config.latents_mean, config.latents_std
+        self.mean = torch.tensor(mean).view(-1, 1, 1, 1)  # (C, 1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1, 1)  # (C, 1, 1, 1)
+
+    def check_config(self, config):
+        """Raises ValueError for a VAE of another time stride, or without statistics."""
+        file, n = self.folder / "config.json", self.channels
+        downsample = config.temperal_downsample
+        if 2 ** sum(downsample) != STRIDE_T:
+            raise ValueError(
+                f"{file} has temperal_downsample {downsample}, wanted two that are true"
+            )
+        mean, std = config.latents_mean, config.latents_std
+        if len(mean) != n or len(std) != n or not min(std) > 0:
+            raise ValueError(
+                f"{file} has latents_mean {mean} and latents_std {std}, "
+                f"wanted {n} of each, deviations above 0"
+            )
 
     @cached_property
     def fingerprint(self):
@@ -62,105 +100,128 @@ class Codec:
         return digest(self.folder, self.tensors)
 
     def latent_shape(self, frames, height, width):
-        """(C, F, H, W) of z_v for a video of this many frames and pixels. Raises ValueError unless whole latents, 2 x 2 of them a token, cover it."""
+        """(C, F, H, W) of z_v for a video of this many frames and pixels.
+
+        Raises ValueError unless whole latents, 2 x 2 of them a token, cover it.
+        """
+        side = 2 * self.stride
         if frames < 1 or frames % STRIDE_T != 1:
             raise ValueError(f"video has {frames} frames, wanted {STRIDE_T}n + 1 (1, 5, 9, ...)")
-        if min(height, width) < 1 or height % (2 * self.stride) or width % (2 * self.stride):
-            raise ValueError(f"video has {height} x {width} pixels, wanted multiples of {2 * self.stride}")
+        if min(height, width) < 1 or height % side or width % side:
+            raise ValueError(f"video has {height} x {width} pixels, wanted multiples of {side}")
         return self.channels, 1 + frames // STRIDE_T, height // self.stride, width // self.stride
 
     def encode(self, frames):
-        """frames (B, 3, T, H, W) in [-1, 1] -> z_v (B, C, F, H/8, W/8) float32: the posterior's mean, not a sample.
+        """frames (B, 3, T, H, W) in [-1, 1] -> z_v (B, C, F, H/8, W/8): the posterior's mean.
 
         Raises ValueError for frames of another shape or range, and where the VAE gives NaN.
         """
         if frames.ndim != 5 or frames.shape[1] != 3 or not len(frames):
             raise ValueError(f"frames have shape {tuple(frames.shape)}, wanted (B, 3, T, H, W)")
         self.latent_shape(*frames.shape[2:])
-        if not (frames.is_floating_point() and frames.abs().max() <= 1.001):                            # NaN is not <= either
-            raise ValueError(f"frames are {frames.dtype} from {frames.min():.4g} to {frames.max():.4g}, wanted floats in [-1, 1]")
-        with at_work(self.vae, self.device, self.offload):
-            mu = self.vae.encode(frames.to(self.device, self.vae.dtype)).latent_dist.mode()             # (B, C, F, H/8, W/8)
-        return (finite(mu, self.folder).to(frames.device) - self.mean.to(frames.device)) / self.std.to(frames.device)
+        # "not <=" refuses NaN, too
+        if not frames.is_floating_point() or not frames.abs().max() <= 1.001:
+            span = f"{frames.min():.4g} to {frames.max():.4g}"
+            raise ValueError(f"frames are {frames.dtype} from {span}, wanted floats in [-1, 1]")
+        with on_device(self.vae, self.device, self.offload):
+            posterior = self.vae.encode(frames.to(self.device, self.vae.dtype)).latent_dist
+            mu = posterior.mode()  # (B, C, F, H/8, W/8)
+        mu = finite(mu, self.folder).to(frames.device)
+        return (mu - self.mean.to(frames.device)) / self.std.to(frames.device)
 
     def decode(self, z_v):
-        """z_v (B, C, F, h, w) -> frames (B, 3, 4F - 3, 8h, 8w) float32, clamped to [-1, 1]. Raises ValueError for another shape and for NaN."""
+        """z_v (B, C, F, h, w) -> frames (B, 3, 4F - 3, 8h, 8w), clamped to [-1, 1].
+
+        Raises ValueError for another shape and for NaN.
+        """
         if z_v.ndim != 5 or z_v.shape[1] != self.channels or not z_v.numel():
-            raise ValueError(f"z_v has shape {tuple(z_v.shape)}, wanted (B, {self.channels}, F, H, W)")
+            shape = tuple(z_v.shape)
+            raise ValueError(f"z_v has shape {shape}, wanted (B, {self.channels}, F, H, W)")
         if not z_v.isfinite().all():
-            raise ValueError("z_v holds NaN or infinity")
+            raise ValueError("z_v holds NaN or infinity, wanted finite numbers")
         mu = z_v.float() * self.std.to(z_v.device) + self.mean.to(z_v.device)
-        with at_work(self.vae, self.device, self.offload):
-            frames = self.vae.decode(mu.to(self.device, self.vae.dtype)).sample                         # (B, 3, T, H, W)
+        with on_device(self.vae, self.device, self.offload):
+            frames = self.vae.decode(mu.to(self.device, self.vae.dtype)).sample  # (B, 3, T, H, W)
         return finite(frames, self.folder).to(z_v.device)
 
 
 class PromptEncoder:
-    """Texts -> c (B, length, width) float32 on `device`: umT5's last hidden state, and zeros, not a mask, beyond each text's end, as Wan.
+    """Texts -> c (B, length, width) float32 on `device`: umT5's last hidden state.
 
-    dtype: of umT5 (default: bfloat16 on a GPU, else float32). length: L, tokens with EOS. offload: umT5 stays on the CPU between calls.
+    Beyond each text's end c is zero, without a mask, as in Wan. dtype: of umT5 (default: bfloat16
+    on a GPU, else float32). length: L, tokens with EOS. offload: umT5 stays on the CPU between
+    calls.
     """
 
     def __init__(self, path, device="cpu", dtype=None, *, length=512, offload=False):
         self.device, self.length, self.offload = torch.device(device), length, offload
         self.folder, self.tokenizer = locate(path, "text_encoder"), Tokenizer(path)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.umt5, self.tensors = load(UMT5EncoderModel, self.folder, "model", dtype)
+        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", dtype)
         self.width, rows = self.umt5.config.d_model, self.umt5.config.vocab_size
         if rows < len(self.tokenizer):
-            raise ValueError(f"{self.folder} knows {rows} tokens, but its tokenizer has {len(self.tokenizer)}")
+            raise ValueError(
+                f"{self.folder} knows {rows} tokens, but its tokenizer has {len(self.tokenizer)}"
+            )
 
     @cached_property
     def fingerprint(self):
-        """16 hexadecimal digits that change with umT5's config, weights and tokenizer, see digest."""
+        """16 hexadecimal digits that change with umT5's config, weights and tokenizer."""
         return digest(self.folder, self.tensors, self.tokenizer.file.read_bytes())
 
     def __call__(self, texts):
-        """B texts -> c (B, length, width). Raises ValueError for a text of more than `length` tokens, EOS counted, and where umT5 gives NaN."""
+        """B texts -> c (B, length, width).
+
+        Raises ValueError for a text of more than `length` tokens, EOS counted, and where umT5 gives
+        NaN.
+        """
         rows = [self.tokenizer.ids(text) for text in listed(texts)]
         for text, ids in zip(texts, rows):
             if len(ids) > self.length:
-                raise ValueError(f"prompt has {len(ids)} tokens with EOS, wanted at most {self.length}: {text[:60]!r}...")
-        n = max(map(len, rows))                                                                         # the padding beyond costs much and tells nothing
-        ids = torch.tensor([row + [PAD] * (n - len(row)) for row in rows], device=self.device)          # (B, n)
-        mask = torch.arange(n, device=self.device) < torch.tensor([[len(row)] for row in rows], device=self.device)
-        with at_work(self.umt5, self.device, self.offload):
-            h = self.umt5(ids, attention_mask=mask.long()).last_hidden_state                            # (B, n, width)
-        return F.pad(finite(h, self.folder).masked_fill(~mask[..., None], 0), (0, 0, 0, self.length - n))
+                raise ValueError(
+                    f"prompt has {len(ids)} tokens with EOS, wanted at most {self.length}: "
+                    f"{text[:60]!r}..."
+                )
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)  # (B, 1)
+        n = max(map(len, rows))  # umT5 need not see the padding beyond
+        ids = torch.tensor([row + [PAD] * (n - len(row)) for row in rows], device=self.device)
+        mask = torch.arange(n, device=self.device) < lengths  # (B, n)
+        with on_device(self.umt5, self.device, self.offload):
+            h = self.umt5(ids, attention_mask=mask.long()).last_hidden_state  # (B, n, width)
+        c = finite(h, self.folder).masked_fill(~mask[..., None], 0)
+        return F.pad(c, (0, 0, 0, self.length - n))
 
 
 class Tokenizer:
     """Text <-> y (B, N) int64: umT5's tokens of the cleaned text, then EOS, then PAD.
 
-    length: N, tokens of a text; one of exactly N has no room for EOS and goes without. vocabulary: the rising umT5 ids, PAD's and EOS's among
-    them, that y is restricted to, and counts through: y holds positions in it (None: all of umT5's).
-    It reads tokenizer.json as it is: transformers 5 would rebuild it with T5's rules, where umT5 has others.
+    length: N, tokens of a text; one of exactly N has no room for EOS and goes without. vocabulary:
+    the rising umT5 ids, PAD's and EOS's among them, to which y is restricted; y then holds
+    positions in it (None: all of umT5's). tokenizer.json is read as it is, since transformers 5
+    would rebuild it with T5's rules, where umT5 has others.
     """
 
     def __init__(self, path, *, length=256, vocabulary=None):
         self.length, self.file = length, locate(path, "tokenizer") / "tokenizer.json"
-        if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file.parent} lacks {self.file.name}")
-        try:
-            self.umt5 = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"{self.file} cannot be read: {error}") from None
-        self.umt5.no_truncation()
-        self.umt5.no_padding()
-        found = self.umt5.token_to_id("<pad>"), self.umt5.token_to_id("</s>"), self.umt5.encode("a").ids[-1]
-        if found != (PAD, EOS, EOS):
-            raise ValueError(f"{self.file} has <pad> {found[0]}, </s> {found[1]} and ends texts with {found[2]}, wanted {PAD}, {EOS} and {EOS}, as umT5's")
+        self.umt5 = read_tokenizer(self.file)
         size = self.umt5.get_vocab_size()
         self.vocabulary = list(range(size)) if vocabulary is None else list(vocabulary)
         self.positions = {i: position for position, i in enumerate(self.vocabulary)}
-        if self.vocabulary != sorted(self.positions) or self.vocabulary[:2] != [PAD, EOS] or self.vocabulary[-1] >= size:
-            raise ValueError(f"vocabulary has {len(self.vocabulary)} ids, wanted rising ones from {PAD} (pad) and {EOS} (EOS) to at most {size - 1}")
+        rising = self.vocabulary == sorted(self.positions)
+        if not rising or self.vocabulary[:2] != [PAD, EOS] or self.vocabulary[-1] >= size:
+            raise ValueError(
+                f"vocabulary has {len(self.vocabulary)} ids, wanted rising ones "
+                f"from {PAD} (pad) and {EOS} (EOS) to at most {size - 1}"
+            )
 
     def __len__(self):
         return len(self.vocabulary)
 
     def ids(self, text):
-        """One text -> list of umT5's ids, the last one EOS. Raises ValueError for a text that spells PAD or EOS itself."""
+        """A text -> list of umT5's ids, the last one EOS.
+
+        Raises ValueError for a text that spells PAD or EOS itself.
+        """
         if not isinstance(text, str):
             raise ValueError(f"text is {text!r}, wanted a string")
         ids = self.umt5.encode(clean(text)).ids
@@ -169,78 +230,133 @@ class Tokenizer:
         return ids
 
     def encode(self, texts):
-        """B texts -> y (B, N) int64. Raises ValueError for one of more than N tokens, EOS not counted, or with tokens outside the vocabulary."""
+        """B texts -> y (B, N) int64.
+
+        Raises ValueError for one of more than N tokens, EOS not counted, or with tokens outside the
+        vocabulary.
+        """
         return torch.tensor([self.encode_one(text) for text in listed(texts)])
 
     def encode_one(self, text):
-        """One text -> list of N ints."""
+        """A text -> list of N ints."""
         ids = self.ids(text)
         if len(ids) - 1 > self.length:
-            raise ValueError(f"text has {len(ids) - 1} tokens, wanted at most {self.length}: {text[:60]!r}...")
-        ids = ids[:self.length]
+            raise ValueError(
+                f"text has {len(ids) - 1} tokens, wanted at most {self.length}: {text[:60]!r}..."
+            )
+        ids = ids[: self.length]
         if unknown := [self.umt5.id_to_token(i) for i in ids if i not in self.positions]:
-            raise ValueError(f"text has tokens outside the vocabulary of {len(self)}: {' '.join(dict.fromkeys(unknown))}; the text: {text[:60]!r}")
+            raise ValueError(
+                f"text has tokens outside the vocabulary of {len(self)}: "
+                f"{' '.join(dict.fromkeys(unknown))}; the text: {text[:60]!r}"
+            )
         return [self.positions[i] for i in ids] + [PAD] * (self.length - len(ids))
 
     def decode(self, y):
-        """y (B, any length) int64 -> B texts, each cut at its first EOS. Raises ValueError for another shape and for an id out of range."""
+        """y (B, any length) int64 -> B texts, each cut at its first EOS.
+
+        Raises ValueError for another shape and for an id out of range.
+        """
         if y.ndim != 2:
             raise ValueError(f"y has shape {tuple(y.shape)}, wanted (B, N)")
         if y.numel() and not 0 <= y.min() <= y.max() < len(self):
             raise ValueError(f"token ids span {y.min()}..{y.max()}, wanted 0..{len(self) - 1}")
-        rows = (row[:row.index(EOS)] if EOS in row else row for row in y.tolist())
+        rows = (row[: row.index(EOS)] if EOS in row else row for row in y.tolist())
         return [self.umt5.decode([self.vocabulary[i] for i in row]) for row in rows]
 
 
+def read_tokenizer(file):
+    """umT5's tokenizer.json. Raises ValueError for one whose PAD or EOS are not umT5's."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} lacks {file.name}")
+    try:
+        umt5 = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exceptions
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    umt5.no_truncation()
+    umt5.no_padding()
+    pad, eos, last = umt5.token_to_id("<pad>"), umt5.token_to_id("</s>"), umt5.encode("a").ids[-1]
+    if (pad, eos, last) != (PAD, EOS, EOS):
+        raise ValueError(
+            f"{file} has <pad> {pad}, </s> {eos} and ends texts with {last}, "
+            f"wanted {PAD}, {EOS} and {EOS}, as umT5's"
+        )
+    return umt5
+
+
 def clean(text):
-    """A text as Wan reads it: encoding mistakes mended, HTML entities resolved twice, one space between words."""
+    """A text as Wan reads it: encoding mistakes mended, HTML entities resolved twice, single
+    spaces between words."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 # ---------------------------------------------------------------- files
 
+
 def locate(path, part):
-    """The folder `part` of a Wan2.1 folder, or, where there is no such path, of a repository of the hub."""
+    """The folder `part` of a Wan2.1 folder or, where there is no such path, of a hub repository."""
     root = Path(path)
     if not root.exists():
-        root = Path(ask_hub(snapshot_download, str(path), allow_patterns=[f"{part}/*.json", f"{part}/*.safetensors"]))
+        patterns = [f"{part}/*.json", f"{part}/*.safetensors"]
+        root = Path(ask_hub(snapshot_download, str(path), allow_patterns=patterns))
     if not (root / part).is_dir():
-        raise FileNotFoundError(f"{root} has no folder {part}, wanted Wan2.1 in the diffusers layout")
+        raise FileNotFoundError(f"{root} has no folder {part}, wanted Wan2.1 in diffusers' layout")
     return root / part
 
 
-def load(kind, folder, stem, dtype, **options):
-    """A folder's module of class `kind` in `dtype`, frozen, and its tensors as open_safetensors gives them."""
+def load_frozen(cls, folder, stem, dtype, **options):
+    """A folder's module of class `cls` in `dtype`, frozen; its tensors, see open_safetensors."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} lacks config.json")
-    tensors = open_safetensors(folder, stem)                        # names the file that is missing or cut, which from_pretrained does not
+    # names the file that is missing or cut, which from_pretrained does not
+    tensors = open_safetensors(folder, stem)
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        module, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        module, report = cls.from_pretrained(folder, **options)
     except Exception as error:  # configs and shapes of another model fail in many ways
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {one_line(error)[:500]}") from None
-    if faults := [f"{what.replace('_', ' ')} {some(sorted(map(str, names)))}" for what, names in report.items() if names]:
-        raise ValueError(f"{folder} does not fit {kind.__name__}: {'; '.join(faults)}")
+        reason = f"{type(error).__name__}: {one_line(error)[:500]}"
+        raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {reason}") from None
+    faults = [
+        f"{fault.replace('_', ' ')} {shorten(sorted(map(str, names)))}"
+        for fault, names in report.items()
+        if names
+    ]
+    if faults:
+        raise ValueError(f"{folder} does not fit {cls.__name__}: {'; '.join(faults)}")
     return module.eval().requires_grad_(False), tensors
 
 
 def digest(folder, tensors, more=b""):
-    """A fingerprint of a module: of its config, but for what says who wrote it, of each tensor's name and its first and last 64 KiB, and of `more`.
+    """A module's fingerprint, 16 hexadecimal digits.
 
-    umT5 has 22 GB: to read all of it at every start would take a minute, and other weights differ everywhere.
+    Of its config, but for what says who wrote it, of each tensor's name and its first and last
+    64 KiB, and of `more`. umT5 has 22 GB: to read all of it at every start would take a minute, and
+    other weights differ everywhere.
     """
-    config = {name: value for name, value in read_json(folder / "config.json").items() if name[0] != "_" and name not in WRITTEN_BY}
-    total, names = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + more), sorted(tensors)
-    for name in names:
-        data = tensors[name][1]().flatten().view(torch.uint8)       # mapped from the file: only what is looked at is read
-        total.update(name.encode() + data[:65536].numpy().tobytes() + data[-65536:].numpy().tobytes())
+    config = {
+        name: value
+        for name, value in read_json(folder / "config.json").items()
+        if name[0] != "_" and name not in WRITTEN_BY
+    }
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + more)
+    for name in sorted(tensors):
+        # mapped from the file: only what is looked at is read
+        data = tensors[name].read().flatten().view(torch.uint8)
+        total.update(name.encode())
+        total.update(data[:65536].numpy().tobytes())
+        total.update(data[-65536:].numpy().tobytes())
     return total.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- small things
 
+
 @contextmanager
-def at_work(module, device, offload):
-    """The module on its device, in its own precision, without gradients; back on the CPU afterwards, with offload."""
+def on_device(module, device, offload):
+    """The module on `device`, in its own precision and without gradients.
+
+    offload: it goes back to the CPU afterwards.
+    """
     try:
         module.to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -258,7 +374,7 @@ def finite(x, folder):
 
 
 def listed(texts):
-    """texts, if it is a list of some."""
+    """texts, if it is a list that is not empty; else ValueError."""
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts is {texts!r}, wanted a list of strings")
     return texts

@@ -49,7 +49,9 @@ class PublishedConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.text_dim != self.dim:
-            raise ValueError(f"text_dim is {self.text_dim}, wanted dim {self.dim} for text_flow 'discrete'")
+            raise ValueError(
+                f"text_dim is {self.text_dim}, wanted dim {self.dim} for text_flow 'discrete'"
+            )
 
 
 class DiscreteFlow:
@@ -58,7 +60,9 @@ class DiscreteFlow:
     def noise(self, model, like, n, generator=None):
         """y_0 (B, n): every token uniformly random, on the device of `like`."""
         device = generator.device if generator else "cpu"
-        y = torch.randint(model.config.vocab_size, (len(like), n), generator=generator, device=device)
+        y = torch.randint(
+            model.config.vocab_size, (len(like), n), generator=generator, device=device
+        )
         return to_device(y, like.device)
 
     def corrupt(self, model, y, tau_t, generator=None):
@@ -95,6 +99,17 @@ def redraw(y_t, logits, redraw_prob, generator=None):
     return torch.where(coin < redraw_prob, tokens.clamp(max=cdf.shape[-1] - 1), y_t)
 
 
+class Rows(nn.Module):
+    """Token ids -> their rows of an embedding, whose weights stay where they are."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        object.__setattr__(self, "embedding", embedding)  # no submodule: else it had a second name
+
+    def forward(self, y):
+        return self.embedding(y)
+
+
 class PublishedUniViGU(UniViGU):
     """UniViGU over token ids. Its text enters as rows of token_embedding and leaves as logits."""
 
@@ -104,13 +119,7 @@ class PublishedUniViGU(UniViGU):
         super().__init__(config)
 
     def text_ends(self):
-        return nn.Identity(), self.config.vocab_size
-
-    def text_shape(self):
-        return ()
-
-    def embed_text(self, z_t):
-        return self.token_embedding(z_t)
+        return Rows(self.token_embedding), self.config.vocab_size, ()
 
     def text_velocity(self, out, z_t, tau_t):
         return out

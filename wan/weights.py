@@ -1,378 +1,525 @@
-"""Checkpoints of the real world: load() finds their layout by looking, export() writes the video model back.
+"""Checkpoints of the real world: load() finds out their layout, export() writes the video model.
 
-    official    Wan2.1 as released: config.json (_class_name WanModel) and diffusion_pytorch_model*.safetensors, maybe sharded
-    diffusers   the same with other names (_class_name WanTransformer3DModel), in a folder transformer/ or in the folder itself
-    own         what UniViGU.save_pretrained writes: config.json (our Config) and model.safetensors
-    published   the authors' Uni-ViGU: one .pth file without a config, its weights under "model"
-Names and keys are those of Wan2.1's code, of diffusers' WanTransformer3DModel and of the authors' release.
+official    Wan2.1 as released: config.json (_class_name WanModel) and
+            diffusion_pytorch_model*.safetensors, maybe sharded
+diffusers   the same with other names (_class_name WanTransformer3DModel), in a folder
+            transformer/ or in the folder itself
+own         what save_pretrained writes: config.json (our Config) and model.safetensors
+published   the authors' Uni-ViGU: one .pth file without a config, its weights under "model"
 """
 
-import json
 import math
 import pickle
 import re
-import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import parse_safetensors_file_metadata, save_torch_state_dict, snapshot_download
+from huggingface_hub import (
+    parse_safetensors_file_metadata,
+    save_torch_state_dict,
+    snapshot_download,
+)
 from safetensors import safe_open
 from torch import nn
 
-from univigu import PRESETS, UniViGU
+from engine.files import atomic, one_line, read_json, shorten, write_json
+from univigu import PRESETS
 
+from .names import (
+    CLASSES,
+    CONFIG_FIXED,
+    CONFIG_KEYS,
+    DIFFUSERS,
+    NAMES,
+    PUBLISHED,
+    SUPPORTED,
+    our_name,
+    rename,
+    sizes_of,
+    split,
+    their_name,
+)
 from .published import PublishedConfig, build, config_from
 
-# Ours -> theirs, without .weight and .bias. Wan's official names are ours; note that diffusers calls norm3 norm2.
-DIFFUSERS = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "blocks.*.modulation": "blocks.*.scale_shift_table",
-    **{f"blocks.*.{kind}_attn.{ours}": f"blocks.*.attn{i}.{theirs}" for i, kind in ((1, "self"), (2, "cross"))
-       for ours, theirs in dict(q="to_q", k="to_k", v="to_v", o="to_out.0", norm_q="norm_q", norm_k="norm_k").items()},
-    "blocks.*.norm3": "blocks.*.norm2",
-    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj", "blocks.*.ffn.2": "blocks.*.ffn.net.2",
-    "head.modulation": "scale_shift_table", "head.head": "proj_out",
-}
-PUBLISHED = DIFFUSERS | {
-    "text_embedding.0": "cond_text_embedder.linear_1", "text_embedding.2": "cond_text_embedder.linear_2",
-    **{f"time_embedding{ours}.{i}": f"time_embedding_{m}.time_embedder.linear_{j}" for ours, m in (("", "v"), ("_t", "t")) for i, j in ((0, 1), (2, 2))},
-    "time_projection.1": "time_embedding_v.time_proj", "time_projection_t.1": "time_embedding_t.time_proj",
-    "head.modulation": "scale_shift_table_v", "head.head": "video_head.proj_out",
-    "head_t.modulation": "scale_shift_table_t", "head_t.norm": "text_head.norm_final", "head_t.head": "text_head.linear",
-    "token_embedding": "vocab_embed", "inv_freq": "rotary_emb_text.inv_freq",
-    "blocks.*.ffn_t.0": "blocks.*.ffn_t.net.0.proj", "blocks.*.ffn_t.2": "blocks.*.ffn_t.net.2",
-}
-NAMES = {"official": {name: name for name in DIFFUSERS}, "diffusers": DIFFUSERS, "published": PUBLISHED}
-
-CLASSES = {"official": "WanModel", "diffusers": "WanTransformer3DModel"}
-# Config field -> key of config.json; diffusers gives dim as heads times head width, the official file leaves patch_size and prompt_dim out.
-CONFIG_KEYS = {
-    "official": {name: name for name in ("dim", "ffn_dim", "eps", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers")} | {"prompt_len": "text_len"},
-    "diffusers": {"ffn_dim": "ffn_dim", "eps": "eps", "freq_dim": "freq_dim", "in_dim": "in_channels", "out_dim": "out_channels",
-                  "num_heads": "num_attention_heads", "num_layers": "num_layers", "patch_size": "patch_size", "prompt_dim": "text_dim"},
-}
-CONFIG_FIXED = {"official": dict(_diffusers_version="0.30.0", model_type="t2v"),
-                "diffusers": dict(_diffusers_version="0.33.0", qk_norm="rms_norm_across_heads", cross_attn_norm=True, rope_max_seq_len=1024)}
-# What our model is, where Wan's code has a choice: key of config.json -> values that we have.
-SUPPORTED = dict(model_type=("t2v",), qk_norm=("rms_norm_across_heads", True), cross_attn_norm=(True,), image_dim=(None,),
-                 added_kv_proj_dim=(None,), pos_embed_seq_len=(None,))
-# Config field -> the tensor and the axis that tell it, for files without a config.
-SIZES = dict(dim=("token_embedding.weight", 1), vocab_size=("token_embedding.weight", 0), in_dim=("patch_embedding.weight", 1),
-             prompt_dim=("text_embedding.0.weight", 1), freq_dim=("time_embedding.0.weight", 1), ffn_dim=("blocks.0.ffn.0.weight", 0),
-             text_ffn_dim=("blocks.0.ffn_t.0.weight", 0))
-FP32 = re.compile("norm|modulation|time_embedding|time_projection")  # parameters that Wan computes with in fp32: names that hold one of these
+OPTIONS = {f.name for f in fields(PublishedConfig)}  # of every Config
 WEIGHTS = "diffusion_pytorch_model"
-JSON = ["config.json", "train.json", "world.json", "transformer/config.json", f"{WEIGHTS}*.json", f"transformer/{WEIGHTS}*.json"]
+JSON = [
+    "config.json",
+    "train.json",
+    "world.json",
+    "transformer/config.json",
+    f"{WEIGHTS}*.json",
+    f"transformer/{WEIGHTS}*.json",
+]
 SHARD = "5GB"
+# Names of the parameters that Wan computes with in fp32 hold one of these.
+FP32 = re.compile("norm|modulation|time_embedding|time_projection")
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, not read yet."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor] | None  # None where only the hub has it
+
+
+@dataclass
+class Found:
+    """A checkpoint of which only headers were read."""
+
+    layout: str
+    where: Path  # its folder, or its .pth file
+    tensors: dict[str, Tensor]  # by our names
+    unexpected: list[str]  # its names that the layout does not have
 
 
 def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **overrides):
-    """A checkpoint in any of the four layouts -> UniViGU on `device`. Memory peaks at about one copy.
+    """A checkpoint in any of the four layouts -> its model on `device`: UniViGU, or
+    PublishedUniViGU. Memory peaks at about one copy.
 
-    dtype: of the parameters, but for norms, modulation tables and the networks of the clocks: these stay in fp32, as Wan computes with them.
-    path_or_hub_id: a folder, a .pth file, or a repository of the hub. A Wan2.1 checkpoint gets a new text stream, whose parameters
-    are listed on stdout; its sizes are those of PRESETS["wan-1.3b"] (text_ffn_dim: dim). base: the Wan2.1 checkpoint, path or hub id,
-    that supplies what a published .pth lacks of the video model. overrides: Config fields that the checkpoint does not decide.
-    Raises FileNotFoundError where there is no checkpoint, ValueError for one that is damaged, holds more than tensors, is no
-    text-to-video Wan, or does not fit: then missing, unexpected and mis-shaped tensors are listed by name. (Of a .pth, the system
-    also keeps the file's pages in memory, as long as nothing else needs it.)
+    path_or_hub_id: a folder, a .pth file, or a repository of the hub. A Wan2.1 checkpoint gets a
+    new text stream, whose parameters are listed on stdout; its sizes are those of
+    PRESETS["wan-1.3b"] (text_ffn_dim: dim). base: the Wan2.1 checkpoint, path or hub id, that
+    supplies what a published .pth lacks of the video model. dtype: of the parameters; norms,
+    modulation tables and the networks of the clocks stay in fp32, as Wan computes with them.
+    overrides: fields of Config that the checkpoint does not decide.
+
+    Raises FileNotFoundError where there is no checkpoint; ValueError for one that is damaged, holds
+    more than tensors, is no text-to-video Wan, or does not fit: then missing, unexpected and
+    mis-shaped tensors are listed by name. (The system keeps a .pth file's pages in memory as long
+    as nothing else needs it.)
     """
     if not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"dtype is {dtype!r}, wanted a floating-point torch.dtype")
-    kind, where, tensors, unexpected, cfg = look(path_or_hub_id, base, overrides)
+    found, config = inspect_checkpoint(path_or_hub_id, base, overrides)
     with torch.device("meta"):
-        model = build(cfg)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    new = [name for name in wanted if kind in CLASSES and UniViGU.is_text(name)]
-    check(kind, where, {name: shape for name, (shape, _) in tensors.items()}, wanted, new, unexpected)
+        model = build(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    dtypes = {name: torch.float32 if FP32.search(name) else dtype for name in shapes}
+    new = [name for name in shapes if found.layout in CLASSES and model.is_text(name)]
+    check_tensors(found, shapes, new)
 
-    dtypes = {name: torch.float32 if FP32.search(name) else dtype for name in wanted}
     for name in new:
-        place(model, name, torch.empty(wanted[name], dtype=dtypes[name], device=device))
-    model.init_weights()                                            # does nothing on the meta device: what will be loaded stays unmade
-    for name, (_, read) in tensors.items():
-        tensor = read().to(device, dtypes[name], copy=True)         # a copy: the file may change or go while the model lives
-        if not all(x.isfinite() for x in tensor.aminmax()):
-            raise ValueError(f"{where}: {theirs(name, kind)} holds NaN or infinity in {tensor.dtype}")
-        place(model, name, tensor)
+        place(model, name, torch.empty(shapes[name], dtype=dtypes[name], device=device))
+    model.init_weights()  # what is still on the meta device takes no time and no random numbers
+    for name, tensor in found.tensors.items():
+        # a copy, for the file may change while the model lives
+        values = tensor.read().to(device, dtypes[name], copy=True)
+        if not all(extreme.isfinite() for extreme in values.aminmax()):
+            theirs = their_name(name, found.layout)
+            raise ValueError(f"{found.where}: {theirs} holds NaN or infinity in {values.dtype}")
+        place(model, name, values)
     if new:
         model.start_text()
-    counts = Counter()
-    for name in new:
-        counts[re.sub(r"\d+", "*", re.match(r"(blocks\.\d+\.)?\w+", name)[0])] += math.prod(wanted[name])
-    for name, count in counts.items():
-        print(f"new: {name}, {count:,} parameters")
+        print_new({name: shapes[name] for name in new})
     return model
 
 
 def export(model, path, layout):
     """Writes the video model, without its text stream, for Wan's own code or for diffusers.
 
-    layout: "official" writes path/config.json and path/diffusion_pytorch_model*.safetensors, "diffusers" the same to path/transformer, in files of at
-    most 5 GB. All tensors get the widest of the parameters' dtypes, for diffusers does not run a mixture: what load() made in bf16, and kept in fp32 in
-    parts, is written in fp32, without loss; after model.bfloat16() it is written in bf16. Wan's own code has patch_size (1, 2, 2) and prompt_dim 4096
-    built in; neither layout can say latents="raw". An earlier export is replaced; raises ValueError for another layout, and where the folder holds
-    anything else.
+    layout: "official" writes path/config.json and path/diffusion_pytorch_model*.safetensors,
+    "diffusers" the same to path/transformer, in files of at most 5 GB. All tensors get the widest
+    of the parameters' dtypes, since diffusers does not run a mixture: a model loaded in bf16, parts
+    of which are fp32, is written in fp32, without loss; after model.bfloat16() it is written in
+    bf16. Wan's own code has patch_size (1, 2, 2) and prompt_dim 4096 built in, and neither layout
+    can say that latents are raw.
+
+    Replaces an earlier export. Raises ValueError for another layout, and where the folder holds
+    anything else; OSError where it cannot be written.
     """
     if layout not in CLASSES:
         raise ValueError(f"layout is {layout!r}, wanted one of {', '.join(CLASSES)}")
     folder = Path(path).absolute() / ("transformer" if layout == "diffusers" else "")
     if folder.exists() and not is_export(folder):
-        raise ValueError(f"{folder} exists and is no export: wanted a new or empty folder, or one that export() wrote")
-    c = model.config
-    stored = {"_class_name": CLASSES[layout], **CONFIG_FIXED[layout], **{key: getattr(c, name) for name, key in CONFIG_KEYS[layout].items()}}
-    if layout == "diffusers":
-        stored["attention_head_dim"] = c.dim // c.num_heads
+        raise ValueError(
+            f"{folder} exists and is no export, wanted a new or empty folder, or an earlier export"
+        )
     dtype = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
-    tensors = {rename(name, NAMES[layout]): p.detach().to(dtype) for name, p in model.named_parameters() if not model.is_text(name)}
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        save_torch_state_dict(tensors, part, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=SHARD)
-        (part / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    tensors = {
+        rename(name, NAMES[layout]): p.detach().to(dtype)
+        for name, p in model.named_parameters()
+        if not model.is_text(name)
+    }
+    with atomic(folder) as part:
+        part.mkdir()
+        pattern = WEIGHTS + "{suffix}.safetensors"
+        save_torch_state_dict(tensors, part, filename_pattern=pattern, max_shard_size=SHARD)
+        write_json(part / "config.json", exported_config(model.config, layout))
+
+
+def exported_config(config, layout):
+    """A Config as the config.json of Wan's own code or of diffusers."""
+    stored = {"_class_name": CLASSES[layout], **CONFIG_FIXED[layout]}
+    stored |= {key: getattr(config, name) for name, key in CONFIG_KEYS[layout].items()}
+    if layout == "diffusers":
+        stored["attention_head_dim"] = config.dim // config.num_heads
+    return dict(sorted(stored.items()))
 
 
 def config(path_or_hub_id, *, base=None, **overrides):
-    """The Config of the model that load() would return, from headers alone: of the hub, no weights are downloaded but a .pth, see find().
-    Raises as load(), which also compares names, shapes and values."""
-    return look(path_or_hub_id, base, overrides, weights=False)[-1]
+    """The config of the model that load() would return, from headers alone.
 
-
-def is_wan(checkpoint):
-    """Whether a checkpoint is one of the real world, in a layout of its own or on the hub; else it is a folder of train.py's, or nothing."""
-    path = Path(checkpoint)
-    if path.is_dir():
-        return (path / "transformer").is_dir() or any(path.glob("*.pth")) or any(path.glob(f"{WEIGHTS}*"))
-    return path.suffix == ".pth" or not path.exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)))
-
-
-def layout(path_or_hub_id):
-    """The name of a checkpoint's layout: "official", "diffusers", "own" or "published". Raises FileNotFoundError, ValueError where there is none."""
-    return find(path_or_hub_id, weights=False)[0]
-
-
-# ---------------------------------------------------------------- looking
-
-def look(path_or_hub_id, base, overrides, weights=True):
-    """A checkpoint, unread: its layout, where it is, {our name: (shape, function that reads the tensor)}, names that the layout does not have, Config."""
-    if unknown := sorted(set(overrides) - {f.name for f in fields(PublishedConfig)}):
-        raise ValueError(f"unknown overrides {', '.join(unknown)}: wanted fields of Config")
-    kind, where, tensors, unexpected = open_checkpoint(path_or_hub_id, weights)
-    stems = {re.sub(r"^blocks\.\d+", "blocks.*", name.removesuffix(".weight").removesuffix(".bias")) for name in tensors}
-    if base is not None and (kind != "published" or not DIFFUSERS.keys() <= stems):         # else nothing is missing: do not fetch it
-        base_kind, _, base_tensors, base_unexpected = open_checkpoint(base, weights)
-        if kind != "published" or base_kind not in CLASSES:
-            raise ValueError(f"base {base} is of layout {base_kind}, for a checkpoint of layout {kind}; wanted a Wan2.1 checkpoint for a published one")
-        tensors, unexpected = base_tensors | tensors, unexpected + base_unexpected
-    try:
-        return kind, where, tensors, unexpected, make_config(kind, where, tensors, overrides)
-    except TypeError as error:
-        raise ValueError(f"{where}: a value of its config.json, or an override, has a wrong type: {error}") from None
-
-
-def find(path_or_hub_id, weights=True):
-    """A path or hub id -> (layout, the folder, or .pth file, that holds the weights). Of the hub, what load() needs is downloaded and nothing else.
-
-    weights=False: of the hub, only the JSON files; but where there is only a .pth, all of it, after a line on stderr: it has no header.
+    Of a repository of the hub no weights are downloaded but a .pth, see find(). Raises as load(),
+    which also compares names, shapes and values.
     """
-    path, remote = Path(path_or_hub_id), not Path(path_or_hub_id).exists()
-    fetch = lambda *patterns: Path(ask_hub(snapshot_download, str(path_or_hub_id), allow_patterns=[*patterns]))
-    path = fetch(*JSON) if remote else path
-    if path.is_file():
-        if path.suffix != ".pth":
-            raise ValueError(f"checkpoint {path} ends in {path.suffix!r}, wanted a folder or a .pth file")
-        return "published", path
-    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
-    stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    name = stored.get("_class_name")
-    if name is not None and name not in CLASSES.values():
-        raise ValueError(f"{folder / 'config.json'} has _class_name {name!r}, wanted one of {', '.join(CLASSES.values())}")
-    kind = next((kind for kind in CLASSES if CLASSES[kind] == name), "own" if "text_flow" in stored else "published")
-    if kind != "published":
-        if remote and weights:
-            fetch("model.safetensors" if kind == "own" else f"{folder.relative_to(path) / WEIGHTS}*.safetensors")
-        return kind, folder
-    if remote:
-        if not weights and not any(path.rglob("*.pth")):
-            print(f"{path_or_hub_id} has no config.json that tells its sizes, and a .pth has no header to read alone: its .pth is downloaded", file=sys.stderr)
-        fetch("*.pth")
-    pickles = sorted(folder.rglob("*.pth"))
-    if len(pickles) != 1:
-        raise FileNotFoundError(f"{path_or_hub_id} holds no checkpoint: wanted config.json with its .safetensors, or one .pth file; "
-                                f"found {path.is_dir() and some(sorted(f.name for f in path.iterdir())) or 'none of them'}")
-    return "published", pickles[0]
-
-
-def ask_hub(function, hub_id, *args, **options):
-    """What a function of huggingface_hub returns. Raises FileNotFoundError, in one line, where it fails."""
-    try:
-        return function(hub_id, *args, **options)
-    except Exception as error:  # no network, no such name, no permission: each has errors of its own
-        raise FileNotFoundError(f"{hub_id} is neither here nor on the hub: {type(error).__name__}: {one_line(error)}") from None
-
-
-def open_checkpoint(path_or_hub_id, weights):
-    """(layout, where it is, {our name: (shape, function that reads the tensor)}, [names that the layout does not have]). weights: see find()."""
-    kind, where = find(path_or_hub_id, weights)
-    hub_id = None if weights or Path(path_or_hub_id).exists() else str(path_or_hub_id)
-    found = open_pth(where) if kind == "published" else open_safetensors(where, "model" if kind == "own" else WEIGHTS, hub_id)
-    table = {theirs: ours for ours, theirs in NAMES[kind].items()} if kind in NAMES else None
-    ours = {name: rename(name, table) for name in found}
-    if kind == "published" and not any(ours.values()):
-        raise ValueError(f"{where} has {some(list(found)) or 'no tensors'}: wanted the names of a published Uni-ViGU")
-    return kind, where, {ours[name]: tensor for name, tensor in found.items() if ours[name]}, [name for name in found if not ours[name]]
-
-
-def open_safetensors(folder, stem, hub_id=None):
-    """{name: (shape, read)} of one file, or of all shards that an index JSON names.
-
-    hub_id: the repository whose files these are; of those that are not here it is asked for the headers, and `read` is None.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    named = list(read_json(index, "weight_map").values()) if index.is_file() else [f"{stem}.safetensors"]
-    if strange := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
-        raise ValueError(f"{index} names the file {strange[0]!r}, wanted one of its own folder")
-    files = sorted(set(named))
-    absent, found = [file for file in files if not (folder / file).is_file()], {}
-    if absent and not hub_id:
-        raise FileNotFoundError(f"{folder} lacks {some(absent)}")
-    for file in absent:
-        header = ask_hub(parse_safetensors_file_metadata, hub_id, f"transformer/{file}" if folder.name == "transformer" else file)
-        found |= {name: (tuple(tensor.shape), None) for name, tensor in header.tensors.items()}
-    for path in (folder / file for file in files if file not in absent):
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                found |= {name: (tuple(tensor.get_shape()), partial(read_tensor, path, name)) for name, tensor in slices.items()}
-                whole = [f"{name} {tensor.get_dtype()}" for name, tensor in slices.items() if not re.match("B?F[0-9]", tensor.get_dtype())]
-        except Exception as error:  # the library's own errors for damaged files
-            raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-        if whole:
-            raise ValueError(f"{path} has {some(whole)}: wanted floating-point numbers")
+    _, found = inspect_checkpoint(path_or_hub_id, base, overrides, weights=False)
     return found
 
 
+def is_wan(checkpoint):
+    """Whether a checkpoint is one of the real world, in a layout of its own or on the hub.
+
+    Otherwise it is a folder that train.py wrote, or nothing.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        has_weights = any(path.glob("*.pth")) or any(path.glob(f"{WEIGHTS}*"))
+        return has_weights or (path / "transformer").is_dir()
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)) is not None
+    return path.suffix == ".pth" or (is_hub_id and not path.exists())
+
+
+def layout(path_or_hub_id):
+    """A checkpoint's layout: "official", "diffusers", "own" or "published".
+
+    Raises FileNotFoundError or ValueError where there is none.
+    """
+    name, _ = find(path_or_hub_id, weights=False)
+    return name
+
+
+# ---------------------------------------------------------------- finding
+
+
+def find(path_or_hub_id, weights=True):
+    """A path or hub id -> its layout, and the folder or .pth file that holds its weights.
+
+    Of a repository of the hub only what load() needs is downloaded. weights=False: only the JSON
+    files, but all of a .pth, which has no header, after a line on stderr.
+    """
+    remote = not Path(path_or_hub_id).exists()
+    path = download(path_or_hub_id, *JSON) if remote else Path(path_or_hub_id)
+    if path.is_file():
+        if path.suffix != ".pth":
+            raise ValueError(f"checkpoint {path} is a file, wanted a folder or a .pth file")
+        return "published", path
+    inner = path / "transformer"
+    folder = inner if (inner / "config.json").is_file() else path
+    kind = layout_of(folder / "config.json")
+    if kind == "published":
+        if remote:
+            download_pth(path_or_hub_id, path, announce=not weights)
+        return kind, the_pth(folder, path_or_hub_id)
+    if remote and weights:
+        wan = folder.relative_to(path) / f"{WEIGHTS}*.safetensors"
+        download(path_or_hub_id, "model.safetensors" if kind == "own" else str(wan))
+    return kind, folder
+
+
+def layout_of(path):
+    """The layout that a config.json is of; "published" where there is none, or a foreign one."""
+    stored = read_json(path) if path.is_file() else {}
+    name = stored.get("_class_name")
+    for kind, known in CLASSES.items():
+        if name == known:
+            return kind
+    if name is not None:
+        wanted = ", ".join(CLASSES.values())
+        raise ValueError(f"{path} has _class_name {name!r}, wanted one of {wanted}")
+    return "own" if "text_flow" in stored else "published"
+
+
+def the_pth(folder, path_or_hub_id):
+    """The one .pth file in a folder. Raises FileNotFoundError where there is not one."""
+    files = sorted(folder.rglob("*.pth"))
+    if len(files) != 1:
+        there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"{path_or_hub_id} holds no checkpoint, found {shorten(there) or 'nothing'}, "
+            "wanted config.json with its .safetensors, or one .pth file"
+        )
+    return files[0]
+
+
+def download(hub_id, *patterns):
+    """The folder with those files of a repository of the hub that match."""
+    return Path(ask_hub(snapshot_download, str(hub_id), allow_patterns=[*patterns]))
+
+
+def download_pth(hub_id, folder, announce):
+    """Downloads a repository's .pth. announce: first says so on stderr, if it is not there yet."""
+    if announce and not any(folder.rglob("*.pth")):
+        print(
+            f"{hub_id} has no config.json that tells its sizes, and a .pth has no header to read "
+            "alone: its .pth is downloaded",
+            file=sys.stderr,
+        )
+    download(hub_id, "*.pth")
+
+
+def ask_hub(function, hub_id, *args, **options):
+    """Calls a function of huggingface_hub. Raises FileNotFoundError, in one line, if it fails."""
+    try:
+        return function(hub_id, *args, **options)
+    except Exception as error:  # no network, no such name, no permission: each has its own errors
+        raise FileNotFoundError(
+            f"{hub_id} is neither here nor on the hub: {type(error).__name__}: {one_line(error)}"
+        ) from None
+
+
+# ---------------------------------------------------------------- headers
+
+
+def inspect_checkpoint(path_or_hub_id, base, overrides, weights=True):
+    """A checkpoint -> Found, with what it lacks from its base, and its config. weights: see find().
+
+    Raises as load().
+    """
+    if unknown := sorted(set(overrides) - OPTIONS):
+        raise ValueError(f"overrides have {', '.join(unknown)}, wanted fields of Config")
+    found = open_checkpoint(path_or_hub_id, weights)
+    if base is not None and (found.layout != "published" or lacks_video(found.tensors)):
+        found = complete(found, open_checkpoint(base, weights), base)
+    try:
+        return found, make_config(found, overrides)
+    except TypeError as error:
+        raise ValueError(
+            f"{found.where}: a value of its config.json, or an override, has a wrong type: {error}"
+        ) from None
+
+
+def lacks_video(tensors):
+    """Whether part of the video model is missing altogether."""
+    stems = {stem for _, stem, _ in map(split, tensors)}
+    return not stems.issuperset(DIFFUSERS)
+
+
+def complete(found, base, name):
+    """A published checkpoint with what it lacks from its base, a Wan2.1 checkpoint."""
+    if found.layout != "published" or base.layout not in CLASSES:
+        raise ValueError(
+            f"base {name} is of layout {base.layout}, for a checkpoint of layout {found.layout}, "
+            "wanted a Wan2.1 checkpoint for a published one"
+        )
+    unexpected = found.unexpected + base.unexpected
+    return Found(found.layout, found.where, base.tensors | found.tensors, unexpected)
+
+
+def open_checkpoint(path_or_hub_id, weights):
+    """A checkpoint as it is found. weights: see find()."""
+    kind, where = find(path_or_hub_id, weights)
+    hub_id = None if weights or Path(path_or_hub_id).exists() else str(path_or_hub_id)
+    if kind == "published":
+        tensors = open_pth(where)
+    else:
+        tensors = open_safetensors(where, "model" if kind == "own" else WEIGHTS, hub_id)
+    ours = {theirs: our_name(theirs, kind) for theirs in tensors}
+    if kind == "published" and not any(ours.values()):
+        has = shorten(list(tensors)) or "no tensors"
+        raise ValueError(f"{where} has {has}, wanted the names of a published Uni-ViGU")
+    known = {ours[theirs]: tensor for theirs, tensor in tensors.items() if ours[theirs]}
+    return Found(kind, where, known, [theirs for theirs in tensors if not ours[theirs]])
+
+
+def open_safetensors(folder, stem, hub_id=None):
+    """{name: Tensor} of one file, or of all shards that an index JSON names.
+
+    hub_id: the repository whose files these are; it is asked for the headers of those that are not
+    here. Raises FileNotFoundError for a missing file, ValueError for a damaged one.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    named = [f"{stem}.safetensors"]
+    if index.is_file():
+        named = list(read_json(index, "weight_map").values())
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} names the file {name!r}, wanted one of its own folder")
+    names = sorted(set(named))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent and not hub_id:
+        raise FileNotFoundError(f"{folder} lacks {shorten(absent)}")
+    found = {}
+    remote_folder = "transformer/" if folder.name == "transformer" else ""
+    for name in absent:
+        found |= remote_header(hub_id, remote_folder + name)
+    for name in names:
+        if name not in absent:
+            found |= local_header(folder / name)
+    return found
+
+
+def remote_header(hub_id, name):
+    """{name: Tensor} of a .safetensors file on the hub, its tensors unreadable."""
+    header = ask_hub(parse_safetensors_file_metadata, hub_id, name)
+    return {key: Tensor(tuple(tensor.shape), None) for key, tensor in header.tensors.items()}
+
+
+def local_header(path):
+    """{name: Tensor} of a .safetensors file. Raises ValueError for integers in it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+    except Exception as error:  # the library's own errors for damaged files
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    if odd := [f"{name} {kind}" for name, kind in dtypes.items() if not re.match("B?F[0-9]", kind)]:
+        raise ValueError(f"{path} has {shorten(odd)}, wanted floating-point numbers")
+    return {name: Tensor(shape, partial(read_tensor, path, name)) for name, shape in shapes.items()}
+
+
 def read_tensor(path, name):
-    """One tensor, mapped from the file. The file is opened for it alone: a mapping that stays would count all that was read so far."""
+    """One tensor, mapped from the file.
+
+    The file is opened for it alone: a mapping that stayed would count all that was read so far.
+    """
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def open_pth(path):
-    """{name: (shape, read)} of a published file, without the prefixes that FSDP and torch.compile leave; no pickled code runs."""
+    """{name: Tensor} of a published file, without the prefixes of FSDP and torch.compile.
+
+    No pickled code runs. Raises ValueError for a file that is damaged or holds more than tensors.
+    """
     try:
-        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["model"]
-        return {re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name): (tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
-                for name, tensor in tensors.items()}
+        stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["model"]
+        return {
+            re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name): Tensor(
+                tuple(tensor.shape), partial(torch.Tensor.detach, tensor)
+            )
+            for name, tensor in stored.items()
+        }
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors, and is not read: what it pickles could run code") from None
+        raise ValueError(
+            f"{path} holds more than tensors, and is not read: what it pickles could run code"
+        ) from None
     except Exception as error:  # truncated and foreign files fail in many ways
-        raise ValueError(f"{path} is not read: wanted torch.save of a dict with tensors by name under 'model', found "
-                         f"{type(error).__name__}: {one_line(error)[:200]}") from None
+        raise ValueError(
+            f"{path} is not read, found {type(error).__name__}: {one_line(error)[:200]}, "
+            "wanted torch.save of a dict with tensors by name under 'model'"
+        ) from None
 
 
-# ---------------------------------------------------------------- names and sizes
-
-def check(kind, where, found, wanted, new, unexpected):
-    """Raises ValueError unless the tensors found are those wanted, both {our name: shape}, but for the names in `new`."""
-    faults = {"missing": [theirs(name, kind) for name in wanted if name not in found and name not in new],
-              "unexpected": unexpected + [theirs(name, kind) for name in found if name not in wanted],
-              "mis-shaped": [f"{theirs(name, kind)} {shape}, wanted {wanted[name]}" for name, shape in found.items() if wanted.get(name, shape) != shape]}
-    if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names)
-        hint = "; with base= the video model's come from a Wan2.1 checkpoint" if kind == "published" and faults["missing"] else ""
-        raise ValueError(f"{where} does not fit the model: {listed}{hint}")
+# ---------------------------------------------------------------- the config
 
 
-def theirs(name, kind):
-    """Our name of a parameter as the layout has it; ours where it has none."""
-    return rename(name, NAMES.get(kind)) or name
-
-
-def rename(name, table):
-    """A parameter's name by a table of stems, block numbers kept; None where the table lacks it. No table: as it is."""
-    if table is None:
-        return name
-    block, stem, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name, re.DOTALL).groups(default="")
-    new = table.get("blocks.*." * bool(block) + stem)
-    return new and new.replace("blocks.*.", block) + leaf
-
-
-def make_config(kind, where, tensors, overrides):
-    """The Config of a checkpoint: what the checkpoint says, the overrides, and for the rest what PRESETS["wan-1.3b"] has."""
-    if kind == "own":
-        known, rest = read_json(where / "config.json"), {}
-        if unknown := sorted(set(known) - {f.name for f in fields(PublishedConfig)}):
-            raise ValueError(f"{where / 'config.json'} has {', '.join(unknown)}: wanted fields of Config")
+def make_config(found, overrides):
+    """The config of a checkpoint: what it says, the overrides, else PRESETS["wan-1.3b"]."""
+    sizes = sizes_of({name: tensor.shape for name, tensor in found.tensors.items()})
+    preset = asdict(PRESETS["wan-1.3b"])
+    if found.layout == "own":
+        known, rest = own_config(found.where / "config.json"), {}
+    elif found.layout == "published":
+        known = sizes | published_config(found, sizes.get("dim", preset["dim"]))
+        rest = preset | {"num_heads": max(1, known.get("dim", 0) // 128)}
     else:
-        known, rest = sizes(tensors), asdict(PRESETS["wan-1.3b"])
-        if kind == "published":
-            known |= published(where, tensors, known.get("dim", rest["dim"]))
-            rest["num_heads"] = max(1, known.get("dim", 0) // 128)
-        else:
-            known |= wan_config(kind, where / "config.json")
-            rest["text_ffn_dim"] = known["dim"]
-    for name in (name for name in overrides if name in known and not name.startswith("text_")):
-        found, wanted = (tuple(value) if name == "patch_size" else value for value in (overrides[name], known[name]))
-        if found != wanted:
-            raise ValueError(f"{name} is {found!r} among the overrides, but {wanted!r} in {where}")
+        known = sizes | wan_config(found.where / "config.json", found.layout)
+        rest = preset | {"text_ffn_dim": known["dim"]}
+    check_overrides(found.where, overrides, known)
     try:
         return config_from(rest | known | overrides)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{found.where}: {error}") from None
 
 
-def sizes(tensors):
-    """The Config fields that shapes tell. What is absent or misshapen is left out here, to be listed with the others later."""
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-    known = {field: shapes[name][axis] for field, (name, axis) in SIZES.items() if len(shapes.get(name, ())) > axis}
-    known["num_layers"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}) or 1
-    if len(shapes.get("patch_embedding.weight", ())) == 5 and shapes.get("head.head.weight"):
-        known["patch_size"] = shapes["patch_embedding.weight"][2:]
-        known["out_dim"] = shapes["head.head.weight"][0] // math.prod(known["patch_size"])
-    return known
+def check_overrides(where, overrides, known):
+    """Raises ValueError for an override that contradicts what the checkpoint says of itself."""
+    for name, value in overrides.items():
+        free = name == "discrete_loss" or name.startswith("text_")
+        if free or name not in known:
+            continue
+        wanted = known[name]
+        if name == "patch_size":
+            value, wanted = tuple(value), tuple(wanted)
+        if value != wanted:
+            raise ValueError(
+                f"{name} is {value!r} among the overrides, wanted {wanted!r} of {where}"
+            )
 
 
-def wan_config(kind, path):
-    """The Config fields in a config.json of Wan's. Raises ValueError for a Wan that our model is not."""
+def own_config(path):
+    """The values in a config.json of ours. Raises ValueError for names that are not Config's."""
+    stored = read_json(path)
+    if unknown := sorted(set(stored) - OPTIONS):
+        raise ValueError(f"{path} has {', '.join(unknown)}, wanted fields of Config")
+    return stored
+
+
+def wan_config(path, layout):
+    """The fields of Config in a config.json of Wan's. Raises ValueError for an unsupported Wan."""
     stored = read_json(path)
     for key, allowed in SUPPORTED.items():
         if stored.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path} has {key} {stored[key]!r}, wanted {allowed[0]!r}: of Wan, only text-to-video is supported")
-    keys = CONFIG_KEYS[kind] | (dict(dim="attention_head_dim") if kind == "diffusers" else {})
+            raise ValueError(
+                f"{path} has {key} {stored[key]!r}, wanted {allowed[0]!r}: "
+                "of Wan, only text-to-video is supported"
+            )
+    keys = dict(CONFIG_KEYS[layout])
+    if layout == "diffusers":
+        keys["dim"] = "attention_head_dim"
     if absent := [key for key in keys.values() if key not in stored]:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
     known = {name: stored[key] for name, key in keys.items()}
-    if kind == "diffusers":
+    if layout == "diffusers":
         known["dim"] *= known["num_heads"]
     return known
 
 
-def published(where, tensors, dim):
-    """The Config fields that the published layout implies. Takes the text's rotary frequencies, a buffer, out of `tensors` and checks them."""
-    known = dict(text_flow="discrete", text_dim=dim, text_ffn_init="copy", latents="raw")
-    if "inv_freq" in tensors:
-        found = tensors.pop("inv_freq")[1]().double()
-        wanted = 10000 ** -(torch.arange(found.numel(), dtype=torch.float64) / found.numel())
-        if found.shape != wanted.shape or not len(found) or not torch.allclose(found, wanted, rtol=0.01):      # it may have been cast to bf16
-            raise ValueError(f"{where}: {PUBLISHED['inv_freq']} is not 10000^(-2i / head width)")
-        known["num_heads"] = dim // (2 * len(found))
+def published_config(found, dim):
+    """The fields of Config that the published layout implies.
+
+    Takes the text's rotary frequencies, which are no parameter, out of found.tensors. Raises
+    ValueError where they are others than ours.
+    """
+    known = {"text_flow": "discrete", "text_dim": dim, "text_ffn_init": "copy", "latents": "raw"}
+    if "inv_freq" in found.tensors:
+        frequencies = found.tensors.pop("inv_freq").read().double()
+        n = frequencies.numel()
+        wanted = 10000 ** -(torch.arange(n, dtype=torch.float64) / n)
+        same_shape = frequencies.shape == wanted.shape and n > 0
+        # they may have been cast to bf16
+        if not same_shape or not torch.allclose(frequencies, wanted, rtol=0.01):
+            name = PUBLISHED["inv_freq"]
+            raise ValueError(f"{found.where}: {name} is not 10000^(-2i / head width)")
+        known["num_heads"] = dim // (2 * n)
     return known
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- the model
+
+
+def check_tensors(found, shapes, new):
+    """Raises ValueError unless the tensors found are the model's, but for those in `new`.
+
+    shapes: {our name: shape} of the model.
+    """
+    theirs = partial(their_name, layout=found.layout)
+    there = {name: tensor.shape for name, tensor in found.tensors.items()}
+    missing = [theirs(name) for name in shapes if name not in there and name not in new]
+    unexpected = found.unexpected + [theirs(name) for name in there if name not in shapes]
+    misshapen = [
+        f"{theirs(name)} {shape}, wanted {shapes[name]}"
+        for name, shape in there.items()
+        if shapes.get(name, shape) != shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen}
+    if not any(faults.values()):
+        return
+    counts = (f"{len(n)} {fault}: {shorten(n)}" for fault, n in faults.items() if n)
+    hint = ""
+    if found.layout == "published" and missing:
+        hint = "; with base= the video model's come from a Wan2.1 checkpoint"
+    raise ValueError(f"{found.where} does not fit the model: {'; '.join(counts)}{hint}")
+
 
 def place(model, name, tensor):
     """Makes `tensor` the parameter `name` of the model."""
@@ -380,30 +527,24 @@ def place(model, name, tensor):
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
+def print_new(shapes):
+    """Lists new parameters and their sizes, those of all blocks together."""
+    counts = Counter()
+    for name, shape in shapes.items():
+        module = re.match(r"(blocks\.\d+\.)?\w+", name)[0]
+        counts[re.sub(r"\d+", "*", module)] += math.prod(shape)
+    for name, count in counts.items():
+        print(f"new: {name}, {count:,} parameters")
+
+
 def is_export(folder):
-    """Whether a folder is empty or holds what export() writes, and nothing else."""
-    names = [f.name for f in folder.iterdir()] if folder.is_dir() else [""]
-    return not names or ("config.json" in names and all(name == "config.json" or name.startswith(WEIGHTS) for name in names)
-                         and read_json(folder / "config.json").get("_class_name") in CLASSES.values())
-
-
-def read_json(path, key=None):
-    """The object in a JSON file, or the one under `key` of it."""
-    try:
-        found = json.loads(path.read_text())
-        found = found[key] if key else found
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, wanted an object")
-    return found
-
-
-def some(names):
-    """At most 20 of the names, and how many more."""
-    return one_line(", ".join(names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def one_line(error):
-    """A text, or what an error says (its name where it says nothing), without line breaks."""
-    return " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
+    """Whether a folder is empty, or holds what export() writes and nothing else."""
+    if not folder.is_dir():
+        return False
+    names = [f.name for f in folder.iterdir()]
+    if not names:
+        return True
+    ours = all(name == "config.json" or name.startswith(WEIGHTS) for name in names)
+    if not ours or "config.json" not in names:
+        return False
+    return read_json(folder / "config.json").get("_class_name") in CLASSES.values()

@@ -1,0 +1,330 @@
+"""Checkpoints: written whole or not at all, found, read back, and refused where they do not fit.
+
+A run's folder holds one folder a checkpoint: model.safetensors and config.json, world.json (what
+sample.py needs beside the model), train.json and training_state.pt, and ema/ where there is one.
+"""
+
+import copy
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from engine.distributed import local_shard, wait_for_all
+from engine.files import atomic, one_line, read_json, write_json, write_text
+from univigu import Config
+
+LAUNCH = ".launch"  # file in a run's folder: the call of torchrun that began it, see launch()
+LOGS = "metrics.jsonl", "validation.jsonl"
+RESULTS = "results.json", "report.html"
+
+# What train.json holds.
+STATE: dict = dict(step=int, stage=str, elapsed=(int, float), skipped=list, train=dict)
+
+# All of it, gathered by process 0: any number of processes may load it.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Average:
+    """Exponential moving average of a model's weights. Each process averages what it holds."""
+
+    def __init__(self, model, decay):
+        self.decay, self.weights = decay, [local_shard(p) for p in model.parameters()]
+        self.mean = [w.clone() for w in self.weights]
+
+    def update(self):
+        """mean <- decay mean + (1 - decay) weights."""
+        torch._foreach_lerp_(self.mean, self.weights, 1 - self.decay)
+
+    @contextmanager
+    def in_place(self):
+        """Within, the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for w, m in zip(self.weights, self.mean):
+            kept = w.clone()
+            w.copy_(m)
+            m.copy_(kept)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Saver:
+    """Writes checkpoints into run.out. options, world_state: what train.json and world.json say.
+
+    With run.async_save a thread writes, from copies, while training goes on; what goes wrong there
+    is raised at the next save or at the end.
+    """
+
+    def __init__(self, run, machine, options, world_state):
+        self.run, self.machine = run, machine
+        self.options, self.world_state = options, world_state
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def wait(self):
+        """Until the last checkpoint is complete. Raises OSError where it could not be written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def save(self, name, model, state, optimizers, meter, average):
+        """Called by all processes; process 0 writes OUT/name. state: for train.json."""
+        self.wait()
+        wait_for_all(self.machine)
+        if self.machine.ranks > 1:
+            meter.sum_over_processes()
+        tensors = {".": get_model_state_dict(model, options=WHOLE)}
+        if average:
+            with average.in_place():
+                tensors["ema"] = copy.deepcopy(get_model_state_dict(model, options=WHOLE))
+        training = {
+            "optimizers": get_optimizer_state_dict(model, optimizers, options=WHOLE),
+            "meter": {"sums": meter.sums.clone(), "loss": meter.loss.clone()},
+        }
+        texts = {
+            "config.json": asdict(model.config),
+            "world.json": self.world_state,
+            "train.json": {"train": self.options, **state},
+        }
+        if self.machine.rank > 0:
+            meter.empty()  # process 0 has the sums now
+        elif self.run.async_save:
+            if self.machine.device.type == "cpu":  # else they are copies already
+                tensors, training = copy.deepcopy((tensors, training))
+            self.pending = self.thread.submit(self.write, name, texts, tensors, training)
+        else:
+            self.write(name, texts, tensors, training)
+        wait_for_all(self.machine)
+
+    def write(self, name, texts, tensors, training):
+        """Writes a checkpoint, then removes the oldest beyond run.keep. Raises OSError."""
+        with atomic(Path(self.run.out, name)) as part:
+            try:
+                for folder, weights in tensors.items():
+                    (part / folder).mkdir(parents=True, exist_ok=True)
+                    save_file(weights, part / folder / "model.safetensors", {"format": "pt"})
+                    for file, values in texts.items():
+                        write_json(part / folder / file, values)
+                torch.save(training, part / "training_state.pt")
+            except Exception as error:  # on a full disk, both libraries have errors of their own
+                free = shutil.disk_usage(self.run.out).free
+                raise OSError(f"{one_line(error)} ({free:,} bytes were free)") from None
+            os.sync()  # before its name says that it is complete
+        steps = [
+            folder for _, folder in checkpoints(self.run.out) if folder.name.startswith("step-")
+        ]
+        for old in steps[: -self.run.keep]:
+            shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
+
+
+# ---------------------------------------------------------------- finding and reading
+
+
+def checkpoints(out):
+    """Complete checkpoints of a run, oldest first: list of (step, folder).
+
+    Raises ValueError for a train.json that cannot be read.
+    """
+    found = []
+    for file in Path(out).glob("[!.]*/train.json"):
+        try:
+            state = json.loads(file.read_text())
+            if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
+                raise TypeError
+            found.append((state["step"], file.parent))
+        except FileNotFoundError:
+            continue  # it has just gone, or been renamed
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{file} cannot be read: remove {file.parent}") from None
+    return sorted(found)
+
+
+def unfinished(out):
+    """Checkpoints that were not complete when their run ended."""
+    parts = [*Path(out).glob(".part-*"), *Path(out).glob(".*.part")]  # the latter by older versions
+    return [part for part in parts if part.is_dir()]
+
+
+def load_model(folder, config, make_model):
+    """A checkpoint -> its model, and what its train.json says ({} without one).
+
+    Raises ValueError for what is no checkpoint, is damaged, or has another config.
+    """
+    folder = Path(folder)
+    for name in ("model.safetensors", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder of train.py's")
+    stored, done = read_json(folder / "config.json"), {}
+    if (folder / "train.json").exists():
+        done = read_json(folder / "train.json")
+    check_config(folder, stored, config)
+    model = make_model(config)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as error:  # truncated and foreign files fail in many ways
+        raise ValueError(
+            f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from None
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"checkpoint {folder}: {name} holds NaN or infinity")
+    return model, done
+
+
+def read_options(folder):
+    """All options of a checkpoint's run and model, as a flat dict. Raises ValueError."""
+    stored = read_json(folder / "train.json", "train") | read_json(folder / "config.json")
+    if stored.get("async_save") in ("yes", "no"):  # as older versions have it
+        stored["async_save"] = stored["async_save"] == "yes"
+    return stored
+
+
+def check_config(folder, stored, config):
+    """Raises ValueError where a checkpoint's model has other sizes or choices than the config's."""
+    wanted = json.loads(json.dumps(asdict(config)))  # JSON has no tuples
+    for name in (f.name for f in fields(Config)):
+        if stored.get(name, wanted[name]) != wanted[name]:
+            raise ValueError(
+                f"checkpoint {folder} has {name} {stored[name]!r}, wanted {wanted[name]!r}"
+            )
+
+
+def check_world(folder, world_state):
+    """Raises ValueError where a checkpoint was trained in another world: its tokens or its latents
+    would mean something else."""
+    file = Path(folder, "world.json")
+    stored, wanted = (
+        (read_json(file) if file.is_file() else {}),
+        json.loads(json.dumps(world_state)),
+    )
+    for name in ("world", "vocabulary", "codec", "prompt_encoder", "latents"):
+        if name not in stored or stored[name] == wanted.get(name):
+            continue
+        theirs, ours, what = stored[name], wanted.get(name), ""
+        if isinstance(theirs, list):
+            theirs, ours, what = len(theirs), len(ours or []), " other tokens"
+        raise ValueError(
+            f"checkpoint {folder} has {name} {theirs!r}, but the data have {ours!r}{what}"
+        )
+
+
+def restore(folder, model, optimizers, meter, average, machine):
+    """The training state of a checkpoint into optimizers, meter and average.
+
+    Raises OSError where it is damaged.
+    """
+    try:
+        path = folder / "training_state.pt"
+        stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
+        if average:
+            weights = load_file(folder / "ema" / "model.safetensors")
+            with average.in_place():
+                set_model_state_dict(model, weights, options=options)
+        if machine.rank == 0:
+            meter.sums = stored["meter"]["sums"].to(machine.device)
+            meter.loss = stored["meter"]["loss"].to(machine.device)
+    except Exception as error:  # a damaged file fails in many ways
+        raise OSError(
+            f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): "
+            "remove this folder and --resume goes on from the checkpoint before it"
+        ) from None
+
+
+# ---------------------------------------------------------------- a run's folder
+
+
+def start_anew(out, overwrite):
+    """Makes a run's folder, without an older run's files.
+
+    Raises ValueError where there are some and `overwrite` is False, or where it cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK | os.X_OK)):
+        raise ValueError(f"out is {out}, wanted a folder that can be written to")
+    old = checkpoints(out)
+    if old and not overwrite:
+        raise ValueError(
+            f"{out} holds a run at step {old[-1][0]}: add --resume to go on, --overwrite to start "
+            "anew, or choose another --out"
+        )
+    for name in RESULTS:
+        if (out / name).exists() and not old and not overwrite:
+            raise ValueError(
+                f"{out} has a {name}, but no checkpoint, and a run would write over it: "
+                "add --overwrite, or choose another --out"
+            )
+    for _, folder in old:
+        shutil.rmtree(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (*LOGS, *RESULTS):
+        (out / name).unlink(missing_ok=True)
+
+
+def truncate_logs(out, step):
+    """Drops the lines of the logs that a killed run wrote after its last checkpoint."""
+    for name in LOGS:
+        truncate(Path(out, name), step)
+
+
+def truncate(path, step):
+    """Drops the lines of a log after `step`, so that the resumed run writes them again.
+
+    Raises ValueError for lines that are not of a log.
+    """
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError(
+            f"{path} has a line that is not of a run's log, wanted a JSON object with its step: "
+            "mend or remove the file"
+        ) from None
+    write_text(path, "".join(kept))
+
+
+def launch():
+    """A name for this call of torchrun, the same in all its restarts; "" where there is none.
+
+    On many nodes that is their --rdzv-id.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if run and one_node:
+        return f"{run} {os.getppid()}"
+    return "" if run == "none" else run
+
+
+def note_launch(out):
+    """Stores which call of torchrun began a run."""
+    if launch():
+        Path(out, LAUNCH).write_text(launch())
+
+
+def was_restarted(out):
+    """Whether torchrun starts the processes of this run again, after one of them died."""
+    file = Path(out, LAUNCH)
+    return bool(launch() and checkpoints(out) and file.exists() and file.read_text() == launch())

@@ -1,0 +1,171 @@
+"""What a model takes: parameters, FLOPs, memory and days, from sizes alone."""
+
+import math
+import os
+import time
+
+import torch
+
+# dense bf16 FLOP/s, as their makers state them
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def forward_flops(config, n_v, n_t):
+    """FLOPs of one sample's forward pass, 2 per multiply-add. A training step takes 3 of them.
+
+    n_v, n_t: tokens of the video and of the text. Counts linears, self- and cross-attention.
+    """
+    n, d = n_v + n_t, config.dim
+    projections = 8 * d * d * n  # q k v o
+    experts = 4 * d * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
+    attention = 4 * n * n * d
+    cross = 4 * d * d * (n + config.prompt_len) + 4 * n * config.prompt_len * d
+    return config.num_layers * (projections + experts + attention + cross)
+
+
+def video_tokens(config, shape):
+    """Tokens of a video latent of `shape` (C, F, H, W)."""
+    return math.prod(shape[1:]) // math.prod(config.patch_size)
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of a GPU; None for one that PEAK does not have."""
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK.items() if known in name), None)
+
+
+def parameters(make_model, config):
+    """How many parameters the model of a config has; allocates none of them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_model(config).parameters())
+
+
+def chosen_parallel(count, run):
+    """'ddp' or 'fsdp', for a model of `count` parameters.
+
+    Adam in fp32 takes 16 bytes a parameter: beyond two billion, a GPU is better used for
+    activations.
+    """
+    if run.parallel != "auto":
+        return run.parallel
+    return "fsdp" if count > 2e9 else "ddp"
+
+
+def processes():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def sharing(count, run):
+    """Over how many processes a copy of a model of `count` parameters is cut."""
+    if chosen_parallel(count, run) == "ddp":
+        return 1
+    return run.shard_within or processes()
+
+
+def memory(device):
+    """Bytes that one process has for itself on its device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_memory(count, run, machine, average):
+    """Raises ValueError where weights, gradients and Adam's moments do not fit a process.
+
+    average: whether a moving average of the weights is kept, too.
+    """
+    needed = (20 if average else 16) * count / sharing(count, run)
+    there = memory(machine.device)
+    if needed > there:
+        raise ValueError(
+            f"{count:,} parameters take {needed / 1e9:.1f} GB in each of {machine.ranks} processes "
+            f"(weights, gradients, Adam's moments), but {machine.device} has {there / 1e9:.1f} GB: "
+            "wanted more processes with --parallel fsdp, or a smaller model"
+        )
+
+
+def print_training(count, config, run, shape, batch, steps):
+    """Prints what a run takes, from sizes alone.
+
+    count: parameters; shape (C, F, H, W) of a latent; batch: clips a step; steps: of the run.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return  # one process speaks
+    ranks = processes()
+    n_v = video_tokens(config, shape)
+    n_t = config.text_len
+    passes = 4 if run.recompute == "full" else 3
+    step = batch * passes * forward_flops(config, n_v, n_t)
+
+    # bf16 numbers that a token keeps for the backward pass, in units of dim, by counting
+    kept = {"none": 34 + 4 * config.ffn_dim / config.dim, "keep-attention": 4, "full": 2}
+    numbers = kept[run.recompute] * config.num_layers * (n_v + n_t) * config.dim
+    activations = 2 * numbers * run.micro_batch
+    states = 16 * count / sharing(count, run)
+    days = step * steps / (0.4 * PEAK["H100"]) / ranks / 86400
+    print(
+        f"{count:,} parameters; {n_v:,} video and {n_t} text tokens a clip, "
+        f"{batch} clips a step, {steps:,} steps"
+    )
+    print(
+        f"memory of each of {ranks} processes ({chosen_parallel(count, run)}): "
+        f"{states / 1e9:.1f} GB of weights, gradients and Adam's moments, "
+        f"about {activations / 1e9:.1f} GB of activations"
+    )
+    print(
+        f"{step / 1e12:,.1f} TFLOP a step: {days:,.1f} days on {ranks} H100 "
+        f"at 40% of {PEAK['H100'] / 1e12:.0f} TFLOP/s"
+    )
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def print_sampling(count, config, shape, mode, options, has_text, device, samples):
+    """Prints what `samples` samples take: `count` parameters, latents of `shape` (C, F, H, W).
+
+    options: the sampler's arguments. has_text: whether there is a text stream.
+    """
+    n_v, n_t = video_tokens(config, shape), config.text_len if has_text else 0
+    n, d = n_v + n_t, config.dim
+
+    def pass_flops(tokens, ffn_dim):  # 2 per multiply-add; the prompt's keys and values left out
+        attention = 4 * n * d + 4 * config.prompt_len * d
+        return config.num_layers * (12 * d * d + 4 * d * ffn_dim + attention) * tokens
+
+    video, text = pass_flops(n_v, config.ffn_dim), pass_flops(n_t, config.text_ffn_dim)
+    steps, guidance = options["steps"], options["guidance"]
+    shift = options.get("shift", config.text_shift if mode == "understand" else 1)
+    passes = 1 if guidance == 1 else 3 if mode == "joint" else 2  # of a step
+    video_steps = 1 if options.get("reuse_video") else steps
+    flops = passes * (video_steps * video + steps * text)
+    each = 2 if device.type == "cuda" else 4  # bytes of a number
+    rate = measured_flops(device)
+    print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
+    print(
+        f"{count:,} parameters, {count * each / 1e9:.1f} GB of weights, "
+        f"about {passes * n * d * 40 * each / 1e9:.1f} GB of activations"
+    )
+    print(
+        f"{steps} steps, guidance {guidance:g}, shift {shift:g}: "
+        f"{passes * steps} passes of {text / 1e12:.2f} TFLOP for the text, "
+        f"{passes * video_steps} of {video / 1e12:.2f} for the video"
+    )
+    print(
+        f"{samples} to do: about {samples * flops / rate * 2 / 60:.1f} minutes "
+        f"at half of the {rate / 1e12:.1f} TFLOP/s measured on {device}"
+    )
+
+
+def measured_flops(device):
+    """FLOP/s of a matrix product on a device, in bf16 on a GPU and fp32 on a CPU."""
+    side, dtype = (2048, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    for repeats in (2, 20):  # the first round warms up
+        begin = time.time()
+        for _ in range(repeats):
+            y = x @ x
+        y.sum().item()
+    return 20 * 2 * side**3 / (time.time() - begin)

@@ -1,0 +1,382 @@
+"""One process or many: torchrun, DDP, FSDP2, compiled and recomputed blocks."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field
+from datetime import timedelta
+from threading import Thread
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+from torch.utils.data import DataLoader
+
+from engine.cost import chosen_parallel
+
+
+@dataclass
+class Machine:
+    """Where this process runs and how it computes."""
+
+    device: torch.device
+    bf16: bool
+    compile: bool
+    rank: int
+    ranks: int
+    stopped: bool = False  # SIGTERM arrived
+    begin: float = field(default_factory=lambda: time.time())
+
+    def must_stop(self, minutes):
+        """Whether some process was told to end, or has had so many minutes (0: no limit)."""
+        late = 0 < minutes * 60 < time.time() - self.begin
+        return bool(all_reduce_max(self, self.stopped or late))
+
+
+def join_processes(run, steps):
+    """This process's Machine; joins the others where torchrun started several.
+
+    steps: how long the run is, which decides whether compiling pays. Raises ValueError for a
+    device that is not there.
+    """
+    rank, ranks, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    kind = run.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA GPU; wanted 'cpu' or 'auto'")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    bf16 = kind == "cuda" if run.precision == "auto" else run.precision == "bf16"
+    compile = run.compile == "yes"
+    if run.compile == "auto":
+        compile = steps >= 1000 and bool(shutil.which("g++") or shutil.which("clang++"))
+    if kind == "cpu" and run.recompute == "keep-attention":
+        compile = False  # torch 2.13's compiler for CPUs: wrong gradients there for a batch of 1
+    if ranks > 1:
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        store, *_ = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's agent keeps one store over restarts: else the dead processes are met there
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(restarts, store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(hours=2),  # a checkpoint may take long
+        )
+    return Machine(device, bf16, compile, rank, ranks)
+
+
+@contextmanager
+def obeying_sigterm(machine):
+    """Within, SIGTERM only sets machine.stopped: the loop saves and ends at its next step."""
+
+    def stop(*_):
+        machine.stopped = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def compiling():
+    """A context with torch._dynamo's settings for blocks: a graph for each size of video; blocks
+    are cut for DDP already."""
+    return torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
+
+
+@contextmanager
+def settings(machine):
+    """Within, torch and SIGTERM are set for training."""
+    with obeying_sigterm(machine), compiling(), preferred_attention(machine):
+        yield
+
+
+def autocast(machine):
+    """A context with bf16 products, where the machine wants them. Its cache would keep all blocks
+    in bf16."""
+    dtype, enabled = torch.bfloat16, machine.bf16
+    return torch.autocast(machine.device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def preferred_attention(machine):
+    """A context in which torch takes cuDNN's attention, else FlashAttention: on Hopper the order of
+    their speed."""
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    on_gpu = machine.device.type == "cuda"
+    return sdpa_kernel(order, set_priority=True) if on_gpu else nullcontext()
+
+
+def attention_kernel(config, machine):
+    """The name of the attention that torch takes for this model."""
+    dtype = torch.bfloat16 if machine.bf16 else torch.float32
+    head_dim = config.dim // config.num_heads
+    q = torch.empty(1, config.num_heads, 128, head_dim, device=machine.device, dtype=dtype)
+    with preferred_attention(machine):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
+
+
+# ---------------------------------------------------------------- the model on the machine
+
+
+class Objective(torch.nn.Module):
+    """The loss as a module: what DDP and FSDP wrap, so that one forward uses every parameter."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, z_v, y, c, options):
+        return self.loss(self.model, z_v, y, c, **options)
+
+
+def parallelise(model, loss, run, machine, find_unused=False):
+    """The Objective of a model over all processes, each block compiled, recomputed and sharded.
+
+    find_unused: whether some steps leave parameters without a gradient.
+    """
+    for block in model.blocks:
+        prepare_block(block, run.recompute, machine.compile)
+    if machine.ranks == 1:
+        return Objective(model.to(machine.device), loss)
+    count = sum(p.numel() for p in model.parameters())
+    if chosen_parallel(count, run) == "ddp":
+        return DistributedDataParallel(
+            Objective(model.to(machine.device), loss),
+            device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+        )
+    mesh = shards(run, machine)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # parameters and reduction in fp32; autocast makes the products bf16
+    return fully_shard(Objective(model, loss), mesh=mesh)
+
+
+def shards(run, machine):
+    """The mesh of processes: those that share one copy, and the copies."""
+    within = run.shard_within or machine.ranks
+    if within == machine.ranks:
+        return init_device_mesh(machine.device.type, (within,), mesh_dim_names=("shard",))
+    shape = (machine.ranks // within, within)
+    return init_device_mesh(machine.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def prepare_block(block, recompute, compile):
+    """Compiles a block and has its activations recomputed, in the order that each needs."""
+    if recompute == "none":
+        if compile:
+            block.compile(dynamic=False)
+        return
+    forward = block.forward
+    if recompute == "keep-attention":
+        forward = recomputed(forward, keep_attention)
+        # outside: the choice of what is kept needs to see the operations
+        block.forward = torch.compile(forward, dynamic=False) if compile else forward
+    else:
+        block.forward = recomputed(torch.compile(forward, dynamic=False) if compile else forward)
+
+
+def recomputed(forward, context_fn=noop_context_fn):
+    """A block's forward whose activations are computed again in the backward pass.
+
+    A function of ours, since torch.compile does not look into torch's checkpoint_wrapper: the
+    graph would break there.
+    """
+
+    def again(*args, **kwargs):
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=context_fn,
+            **kwargs,
+        )
+
+    return again
+
+
+def keep_attention():
+    """For checkpoint(): keeps attention's outputs, 70% of the work at 33,000 tokens, and computes
+    everything else again."""
+    aten = torch.ops.aten
+    kept = {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def bare_model(objective):
+    """The model inside an Objective, wrapped or not."""
+    wrapped = isinstance(objective, DistributedDataParallel)
+    return (objective.module if wrapped else objective).model
+
+
+def describe(model, run, machine):
+    """How a model is computed, in one line."""
+    count, how = sum(p.numel() for p in model.parameters()), ""
+    if machine.ranks > 1:
+        how = f"{machine.ranks} processes, {chosen_parallel(count, run)}, "
+    numbers = "bf16 autocast" if machine.bf16 else "fp32"
+    blocks = "compiled" if machine.compile else "eager"
+    kernel = attention_kernel(model.config, machine)
+    return f"{count:,} parameters on {how}{machine.device}, {numbers}, {kernel}, {blocks} blocks"
+
+
+@contextmanager
+def evaluable(objective, machine, average):
+    """The model, to be called by all processes in step; only process 0 prints.
+
+    Whole where FSDP has cut it, and with averaged weights where there are some.
+    """
+    sharded = hasattr(objective, "unshard")
+    with (
+        torch.compiler.set_stance("force_eager"),  # evaluation is too short to compile for
+        average.in_place() if average else nullcontext(),
+        redirect_stdout(None if machine.rank else sys.stdout),
+    ):
+        if sharded:
+            objective.unshard()  # the root's parameters; each block gathers its own
+        try:
+            yield bare_model(objective).eval()
+        finally:
+            if sharded:
+                objective.reshard()
+
+
+def local_shard(p):
+    """What this process holds of a parameter, without gradient: all of it, or FSDP's shard."""
+    return (p.to_local() if hasattr(p, "to_local") else p).detach()
+
+
+# ---------------------------------------------------------------- the processes
+
+
+def no_grad_sync(objective, hold):
+    """A context in which gradients are summed in this process, and with `hold` not yet over all."""
+    if isinstance(objective, DistributedDataParallel):
+        return objective.no_sync() if hold else nullcontext()
+    if hasattr(objective, "set_requires_gradient_sync"):
+        objective.set_requires_gradient_sync(not hold)
+    return nullcontext()
+
+
+def all_reduce_max(machine, value):
+    """The largest of all processes' values."""
+    if machine.ranks == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def wait_for_all(machine):
+    """Returns when every process is here."""
+    all_reduce_max(machine, 0)
+
+
+def check_same_step(machine, step, out):
+    """Raises ValueError where the processes would go on from different steps."""
+    last = all_reduce_max(machine, step)
+    if last != -all_reduce_max(machine, -step):
+        raise ValueError(
+            f"the processes found different checkpoints in {out}, the last one of step {last:g}: "
+            "wanted one folder for all"
+        )
+
+
+def leave(machine):
+    """Waits for the other processes, and parts from them."""
+    if machine.ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- batches
+
+
+def micro_batches(dataset, batch, run, machine, first, steps):
+    """This process's micro-batches of steps `first` and on; batch: clips a step.
+
+    Micro-batch m of a step goes to process m modulo their number. What is in it, and its noise,
+    depends on neither, so that a run may go on with another number of processes.
+    """
+    size = run.micro_batch
+    sampler = (
+        dataset.batch(step, batch)[m * size : (m + 1) * size]
+        for step in range(first, first + steps)
+        for m in range(machine.rank, batch // size, machine.ranks)
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=identity_collate,
+        num_workers=run.workers,
+        worker_init_fn=end_with_trainer,
+        pin_memory=machine.device.type == "cuda",
+    )
+
+
+def receive(batch, machine):
+    """A batch on the machine's device."""
+    return {name: x.to(machine.device, non_blocking=True) for name, x in batch.items()}
+
+
+def identity_collate(samples):
+    """The datasets collate their batches themselves."""
+    return samples
+
+
+def end_with_trainer(worker):
+    """Makes a DataLoader's worker obey SIGTERM from its trainer alone.
+
+    torchrun and Slurm send it to every process, but the trainer ends its workers, after the last
+    checkpoint. (On Linux: macOS does not tell who sent a signal.)
+    """
+
+    def obey():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=obey, daemon=True).start()

@@ -1,0 +1,91 @@
+"""Files that are whole or not there, JSON whose errors name the file, and texts on one line."""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic(path):
+    """Yields a path beside `path` to write to; where the block ends, it takes the place of `path`.
+
+    Where the block fails, `path` stays as it was, and nothing is left beside it. Makes the folders
+    that are missing. Raises OSError, which names `path`, where it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)
+        yield part
+        if part.is_dir():
+            remove(path)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or one_line(error)}") from None
+    finally:
+        remove(part)
+
+
+def write_text(path, text):
+    """A text as a UTF-8 file. Raises OSError, as `atomic` does."""
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """A value as an indented UTF-8 JSON file. Raises OSError, as `atomic` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def append_line(path, value):
+    """Adds a value to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def remove(path):
+    """Removes a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_writable(path, flag="--out"):
+    """Raises ValueError where a file cannot be written. Tries it beside `path`; leaves nothing."""
+    path = Path(os.path.abspath(path))
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as trial:
+            place = Path(trial) / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.with_name(f".part-{path.name}").touch()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written in {folder}: {error.strerror}") from None
+
+
+def read_json(path, key=None):
+    """The object in a JSON file, or that under `key` of it. Raises ValueError, naming the file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = found[key] if key else found
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, wanted an object")
+    return found
+
+
+def shorten(names):
+    """At most 20 of the names, and how many more there are."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return one_line(", ".join(names[:20])) + more
+
+
+def one_line(error):
+    """A text, or what an error says (its name where it says nothing), without line breaks."""
+    text = " ".join(str(error).split())
+    return text or (type(error).__name__ if isinstance(error, Exception) else "")

@@ -1,0 +1,127 @@
+"""The flags of sample.py."""
+
+import argparse
+import re
+
+from engine.files import one_line
+
+
+def rows_by_columns(text):
+    """ "480x832" -> (480, 832)."""
+    if not re.fullmatch("[0-9]{1,5}x[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} is no size, wanted ROWSxCOLUMNS such as 480x832"
+        )
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
+def number(kind, low, high):
+    """What argparse makes of a text: a number from low to high."""
+
+    def parsed(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {value}, wanted {low} to {high}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse says it of a text that is no number
+    return parsed
+
+
+MODES = {
+    "understand": "video -> caption",
+    "generate": "prompt -> video",
+    "joint": "prompt -> video and caption",
+}
+HELP = {  # flag, or mode and flag, -> what --help says
+    "checkpoint": "folder that train.py wrote, or Wan2.1 or the published Uni-ViGU, path or hub id "
+    "(default: %(default)s)",
+    "wan": "folder or hub id with Wan's VAE, umT5 and tokenizer (default: the checkpoint's own)",
+    "video": "the video to describe",
+    "videos": "folder of videos to describe, one after the other",
+    "recompute-video": "run the video's tokens in every step, not in the first alone: exact, and "
+    "many times slower (always so with the published weights)",
+    "understand out": "text file to write the caption to as well; with --videos: {video, caption} "
+    "as JSON lines, to go on with where it is",
+    "generate prompt": 'what to draw, for example "a red circle moving right"; empty: --caption '
+    "alone says it",
+    "joint prompt": 'what to draw, for example "a red circle moving right"; empty: anything',
+    "prompts": "text file, a prompt a line; --out is then a folder, which gets the videos and "
+    "index.jsonl; what is there stays",
+    "out": "video file to write (default: named as the mode, .gif, or .mp4 for the real world)",
+    "negative-prompt": "what guidance leads away from (default: Wan's; the toy has none)",
+    "caption": "detailed caption for the text stream (default: the prompt)",
+    "trajectory": "also write a page, one HTML file, with a slider over the steps: states, guesses "
+    "and clocks (without a name: %(const)s)",
+    "size": "rows x columns of the video, multiples of 16 (default: the world's)",
+    "frames": "frames of the video, 4n + 1 (default: the world's)",
+    "steps": "solver steps (default: the world's)",
+    "shift": "warp of the solver's times, above 1 = longer near noise (default: the world's, or "
+    "Wan's for its model and size)",
+    "guidance": "1 = conditional, 0 = unconditional, above 1 = exaggerated (default: the world's, "
+    "or Wan's for its model)",
+    "seed": "seed of the noise (default: 0); sample number i of many has seed + i",
+    "device": "default: a GPU if there is one",
+    "dry-run": "print sizes, memory and time, load no weights",
+}
+
+
+def parse(argv, description):
+    """The command line as a namespace. Ends the process with one line for a wrong one."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def error(message):  # argparse's own begins with the usage
+        said = re.sub("^argument (--[a-z]+): is ", r"\1 is ", one_line(message))
+        parser.exit(2, f"sample.py: error: {said}\n")
+
+    parser.error = error
+    usage = "%(prog)s [--flag value ...]      --help lists the flags"
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    for mode, about in MODES.items():
+        sub = modes.add_parser(mode, help=about, description=about, usage=usage, allow_abbrev=False)
+        sub.error = error
+        add_flags(sub, mode)
+    flags = parser.parse_args(argv)
+    if flags.mode == "generate" and flags.caption and flags.prompts:
+        error("--caption goes with one --prompt, found --prompts")
+    many = "videos" if flags.mode == "understand" else "prompts"
+    if flags.trajectory is not None and getattr(flags, many) is not None:
+        error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
+    return flags
+
+
+def add_flags(parser, mode):
+    """The flags of a mode."""
+
+    def add(name, to=parser, **kind):
+        to.add_argument(f"--{name}", help=HELP.get(f"{mode} {name}") or HELP[name], **kind)
+
+    add("checkpoint", default="runs/toy/refine")
+    add("wan")
+    one_of = parser.add_mutually_exclusive_group(required=True)
+    if mode == "understand":
+        add("video", one_of)
+        add("videos", one_of)
+        add("recompute-video", action="store_true")
+    else:
+        add("prompt", one_of)
+        add("prompts", one_of)
+        add("negative-prompt")
+    if mode == "generate":
+        add("caption")
+    add("out")
+    add("trajectory", nargs="?", const=f"{mode}.html", metavar="PAGE")
+    add("size", type=rows_by_columns)
+    add("frames", type=number(int, 1, 10**5))
+    add("steps", type=number(int, 1, 10**4))
+    add("shift", type=number(float, 1e-3, 1e3))
+    add("guidance", type=number(float, -100, 100))
+    add("seed", type=number(int, 0, 2**62), default=0)
+    add("device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("dry-run", action="store_true")

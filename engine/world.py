@@ -1,0 +1,163 @@
+"""What train.py and sample.py ask of a world. toy.World and wan.World are two that answer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from univigu import Config
+
+
+class Codec(Protocol):
+    """Turns frames into video latents and back."""
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames (B, 3, T, H, W) in [-1, 1] -> z_v (B, C, F, h, w).
+
+        Raises ValueError for sizes that it cannot code.
+        """
+
+    def decode(self, z_v: torch.Tensor) -> torch.Tensor:
+        """z_v (B, C, F, h, w) -> frames (B, 3, T, H, W), clamped to [-1, 1].
+
+        Raises ValueError for another shape.
+        """
+
+
+class PromptEncoder(Protocol):
+    """Turns prompts into what the model's cross-attention reads."""
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> c (B, at most L, width), zeros after each text's end.
+
+        Raises ValueError for a text that is too long.
+        """
+
+
+class Tokenizer(Protocol):
+    """Turns texts into the tokens that the model writes, and back."""
+
+    def __len__(self) -> int:
+        """V, how many tokens there are."""
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> y (B, N) int64.
+
+        Raises ValueError for a text that is too long or has unknown tokens.
+        """
+
+    def decode(self, y: torch.Tensor) -> list[str]:
+        """y (B, any length) int64 -> B texts, each cut at its first end.
+
+        Raises ValueError for ids out of range.
+        """
+
+
+class Split(Protocol):
+    """Some of the clips, as a torch Dataset that collates its batches itself."""
+
+    def batch(self, step: int, size: int) -> Any:
+        """The `size` indices of training's batch `step`: a function of (seed, step, size)."""
+
+    def __getitems__(self, indices) -> dict[str, torch.Tensor]:
+        """B indices -> a batch: "z_v" (B, C, F, H, W) and "c" (B, L, width), float32, and
+        "prompt" and "caption" (B, N), int64.
+        """
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found."""
+
+    results: dict
+    """Numbers and texts, as JSON has them; `evaluate` also writes them to results.json."""
+
+    shown: dict = field(default_factory=dict)
+    """What a report shows beside them, each part where there is one. See pages.write_report."""
+
+
+class World(Protocol):
+    """The data of a run, and what turns them into latents and tokens and back."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order or the making of the clips, and of the evaluation."""
+
+    @property
+    def codec(self) -> Codec:
+        """frames <-> z_v."""
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """prompts -> c."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """texts <-> y."""
+
+    @property
+    def shape(self) -> tuple:
+        """(C, F, H, W) of one z_v; where sizes differ, of the most frequent."""
+
+    @property
+    def frame_shape(self) -> tuple:
+        """(3, T, H, W), in pixels, of the clip that `shape` is of."""
+
+    @property
+    def frame_sizes(self) -> list[tuple[int, int]]:
+        """(rows, columns), in pixels, that videos of another size are fitted to."""
+
+    @property
+    def text_len(self) -> int:
+        """N, tokens of a text."""
+
+    @property
+    def sizes(self) -> dict:
+        """Fields of Config that the data decide, where no flag does."""
+
+    @property
+    def state(self) -> dict:
+        """What a checkpoint stores as world.json, to make this world again without its data.
+
+        "world" is its name. Two worlds whose states differ in what latents, prompts or tokens mean
+        do not share checkpoints.
+        """
+
+    @property
+    def sampling(self) -> dict[str, dict]:
+        """Mode, "understand", "generate" or "joint" -> arguments of its sampler by default."""
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether every video has `frame_shape`."""
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of a clip."""
+
+    @property
+    def negative_prompt(self) -> str:
+        """What guidance contrasts with unless told otherwise; "" is no prompt."""
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Names of video files that can be described end in one of these."""
+
+    def dataset(self, split: str) -> Split:
+        """The clips of "train", or of a split of its own to evaluate on.
+
+        Raises ValueError for another split; ValueError or OSError for missing or damaged files.
+        """
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError where a model's sizes do not fit the data."""
+
+    def evaluate(
+        self, model, out: Path | str, clips: int, elapsed: float, has_text: bool
+    ) -> Evaluation:
+        """Measures a model on at most `clips` clips of a split, and prints what it found.
+
+        elapsed: seconds of training so far. has_text: the model has learned text, not video alone.
+        Writes results.json into `out`, and what each mode made of some clips.
+        """

@@ -1,0 +1,132 @@
+"""Alternatives that train.py has no flag for: other models, losses, data and starts.
+
+Each is an argument of train.main: make_model(config), loss as univigu.uni_flow_loss,
+make_world(data, seed, vocabulary), load_start(folder, config, make_model).
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import toy
+from univigu import MIXTURE, EmbeddingFlow, UniViGU, uni_flow_loss
+
+# ---------------------------------------------------------------- models
+
+
+class SharedFFN(UniViGU):
+    """Both modalities go through the video expert."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            del block.ffn_t
+            object.__setattr__(block, "ffn_t", block.ffn)  # no submodule: stored once
+
+
+class FrozenE(UniViGU):
+    """E stays as it was drawn."""
+
+    def embedding_matrix(self):
+        return super().embedding_matrix().detach()
+
+
+class CentredE(UniViGU):
+    """Alignment by moments: E's rows have the video latents' mean, zero, and RMS, one."""
+
+    def embedding_matrix(self):
+        E = self.token_embedding.weight.float()
+        return F.normalize(E - E.mean(0), dim=-1) * E.shape[-1] ** 0.5
+
+
+class PatchE(UniViGU):
+    """Alignment by construction: a text token is as wide as a video patch, and enters alike."""
+
+    @torch.no_grad()
+    def start_text(self):
+        super().start_text()
+        self.text_in.weight.copy_(self.patch_embedding.weight.flatten(1))
+        self.text_in.bias.copy_(self.patch_embedding.bias)
+
+
+class FixedTargetFlow(EmbeddingFlow):
+    """The loss may not move E by moving the target."""
+
+    def corrupt(self, model, y, tau_t, generator=None):
+        z_t, u_t = super().corrupt(model, y, tau_t, generator)
+        return z_t, u_t.detach()
+
+
+class FixedTarget(UniViGU):
+    text_flow = FixedTargetFlow()
+
+
+# ---------------------------------------------------------------- losses
+
+
+def lines(**shares):
+    """The loss with other shares (default: its own) on the lines of the clocks' mixture.
+
+    The prompt is dropped as often on all of them, as --p-drop says.
+    """
+    own = {name: share for name, (share, _) in MIXTURE.items()}
+    wanted = dict.fromkeys(own, 0.0) | shares if shares else own
+    mixture = {name: (share, None) for name, share in wanted.items()}
+    return partial(uni_flow_loss, mixture=mixture)
+
+
+def contrastive_loss(model, z_v1, y, c, **options):
+    """Alignment by a loss: of all in the batch, a clip's text should be nearest to its own video.
+
+    Compared is what enters the network of them.
+    """
+    total, parts = uni_flow_loss(model, z_v1, y, c, **options)
+    text = model.text_in(model.embed(y)).mean(1)  # (B, dim)
+    video = model.patch_embedding(z_v1).flatten(2).mean(2)  # (B, dim)
+    logits = 10 * F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T  # (B, B)
+    own = torch.arange(len(y), device=y.device)
+    contrast = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+    return total + 0.05 * contrast, parts
+
+
+# ---------------------------------------------------------------- data
+
+
+class FewShapes(toy.Shapes):
+    """As many distinct clips, shown again and again."""
+
+    def __init__(self, world, split, distinct):
+        super().__init__(world, split)
+        self.distinct = distinct
+
+    def batch(self, step, size):
+        return [index % self.distinct for index in super().batch(step, size)]
+
+
+class FewClips(toy.World):
+    """A toy with so many distinct clips."""
+
+    def __init__(self, distinct, seed=0):
+        super().__init__(seed)
+        self.distinct = distinct
+
+    def dataset(self, split):
+        return FewShapes(self, split, self.distinct)
+
+
+def few_clips(distinct, data, seed, vocabulary="data"):
+    return FewClips(distinct, seed)
+
+
+# ---------------------------------------------------------------- starts
+
+
+def graft(folder, config, make_model):
+    """A generator's video weights in a new model, whose text stream may be of any kind."""
+    model, weights = make_model(config), load_file(Path(folder) / "model.safetensors")
+    video = {name: weights[name] for name in model.state_dict() if not model.is_text(name)}
+    model.load_state_dict(video, strict=False)
+    return model, {}

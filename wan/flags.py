@@ -1,0 +1,84 @@
+"""The command lines of the two data tools: values checked where their flag is declared, and
+failures that are one line."""
+
+import argparse
+import sys
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+
+from engine.files import one_line
+
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a tool's flags. What is wrong with them ends the process with one line."""
+
+    def __init__(self, program, description):
+        super().__init__(
+            prog=program,
+            usage=f"python -m {program} [--flag value ...]      --help lists the flags",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        # argparse puts "argument --flag: " before what a type says
+        said = one_line(message).removeprefix("argument ").replace(": is ", " is ", 1)
+        self.exit(2, f"{self.prog}: error: {said}\n")
+
+
+def checked(parse, good, wanted):
+    """A type for argparse: a text becomes parse(text), refused unless good(value)."""
+
+    def convert(text):
+        try:
+            value = parse(text)
+            fits = good(value)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"is {text!r}, wanted {wanted}")
+        return value
+
+    return convert
+
+
+def integer_pair(text, separator):
+    """ "3-5" -> (3, 5). Raises ValueError for another form."""
+    first, second = map(int, text.split(separator))
+    return first, second
+
+
+def span(text):
+    return integer_pair(text, "-")
+
+
+def rising(pair):
+    return pair[0] <= pair[1]
+
+
+def at_least(low):
+    return checked(int, lambda value: value >= low, f"at least {low}")
+
+
+def named(what):
+    return checked(str, bool, f"the name of {what}")
+
+
+SPAN = checked(span, rising, "LOW-HIGH")
+
+
+@contextmanager
+def failing_in_one_line(program):
+    """Ends the process with one line where the block fails in a way that is no bug."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        hint = "pip install -r requirements-wan.txt"
+        sys.exit(f"{program}: error: {error.name} is not installed: {hint}")
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{program}: error: {one_line(error)}")
