@@ -106,9 +106,9 @@ class Config:
     embedding: str = option("unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
                             choices=("unit", "literal"))
     text_shift: float = option(
-        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = the paper's", low=0.001, high=1000)
+        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = paper's", low=1e-3, high=1000)
     gate_init: float = option(
-        0.0, "added to the initial gates: 0 = Wan's, 1 trains faster from scratch", low=0, high=1000)
+        0.0, "added to the initial gates: 0 = Wan's, 1 learns faster from scratch", low=0, high=100)
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)  # JSON has lists only

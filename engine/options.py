@@ -125,10 +125,16 @@ def pick(cls, values):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser that takes flags by their whole names, and whose errors are one line."""
+
+    def __init__(self, **options):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        # argparse puts "argument --flag: " before what a type says of its value
+        said = one_line(message).removeprefix("argument ").replace(": is ", " is ", 1)
+        self.exit(2, f"{self.prog.split()[0]}: error: {said}\n")
 
 
 def run_parser(prog, doc):
@@ -137,8 +143,6 @@ def run_parser(prog, doc):
         prog=prog,
         usage="%(prog)s [--flag value ...]      --help lists the flags",
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

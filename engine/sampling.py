@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from engine.files import one_line
+from engine.options import Parser
 
 
 def rows_by_columns(text):
@@ -69,30 +69,18 @@ HELP = {  # flag, or mode and flag, -> what --help says
 
 def parse(argv, description):
     """The command line as a namespace. Ends the process with one line for a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def error(message):  # argparse's own begins with the usage
-        said = re.sub("^argument (--[a-z]+): is ", r"\1 is ", one_line(message))
-        parser.exit(2, f"sample.py: error: {said}\n")
-
-    parser.error = error
+    parser = Parser(prog="sample.py", description=description)
     usage = "%(prog)s [--flag value ...]      --help lists the flags"
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for mode, about in MODES.items():
-        sub = modes.add_parser(mode, help=about, description=about, usage=usage, allow_abbrev=False)
-        sub.error = error
+        sub = modes.add_parser(mode, help=about, description=about, usage=usage)
         add_flags(sub, mode)
     flags = parser.parse_args(argv)
     if flags.mode == "generate" and flags.caption and flags.prompts:
-        error("--caption goes with one --prompt, found --prompts")
+        parser.error("--caption goes with one --prompt, found --prompts")
     many = "videos" if flags.mode == "understand" else "prompts"
     if flags.trajectory is not None and getattr(flags, many) is not None:
-        error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
+        parser.error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
     return flags
 
 

@@ -273,33 +273,6 @@ def h100():
     return markdown(["", *head], rows)
 
 
-def lines_of_h100():
-    return [json.loads(line) for line in text_of("wan/results/h100.jsonl").splitlines()]
-
-
-def attention():
-    """Self-attention of the 1.3B model on one H100, by kernel."""
-    rows = []
-    for of in lines_of_h100():
-        if of["part"] == "attention":
-            times = [f"{of[way]['ms']:.1f} ms" for way in ("forward", "forward_backward")]
-            rows.append([f"`{of['kernel']}`", f"{of['tokens']:,}", *times])
-    return markdown(["kernel", "tokens", "forward", "forward and backward"], rows)
-
-
-def sampling():
-    """Sampling of the 1.3B model on one H100."""
-    rows = []
-    for of in lines_of_h100():
-        if "ms" not in of or of.get("order") == "torch's":
-            continue
-        steps = f", steps: {of['steps']}" if "steps" in of else ""
-        guidance = f", guidance {of['guidance']}" if "guidance" in of else ""
-        time = f"{of['ms'] / 1000:.2f} s"
-        rows.append([of["part"] + steps + guidance, time, f"{of['peak_gb']:.1f} GB"])
-    return markdown(["", "time", "peak memory"], rows)
-
-
 def caption_flops(config, n_v, n_t, steps=50):
     """FLOPs of a caption with the video's tokens computed in every step, and in the first alone.
 
@@ -377,7 +350,7 @@ TABLES = {
     README: [pictures, results, forward],
     TOY: [speed],
     RESULTS: [seeds, verdicts, claims, trainings, choices, reading],
-    WAN: [settings, h100, attention, sampling, steps, reuse],
+    WAN: [settings, h100, steps, reuse],
 }
 PLACES = [(document, table) for document, tables in TABLES.items() for table in tables]
 

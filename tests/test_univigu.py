@@ -1,6 +1,5 @@
 """univigu.py against closed forms, and against the same equations written a second time, plainly, in float64."""
 
-import ast
 import copy
 import io
 import math
@@ -1620,19 +1619,4 @@ def test_every_equation_of_the_paper_stands_beside_the_code_that_computes_it():
     ]
     assert {int(k) for comment in beside for k in re.findall(r"\beq\. (\d+)", comment)} == set(
         range(1, 19)
-    )
-
-
-def test_no_function_is_longer_than_60_lines():
-    functions = [
-        n
-        for n in ast.walk(ast.parse(SOURCE))
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    assert (
-        len(functions) > 20
-        and {
-            f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 60
-        }
-        == {}
     )

@@ -14,7 +14,6 @@ What was found is computed, never written here: see toy/claims.py. A claim is su
 its checks hold, not supported where none does, else mixed.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -149,8 +148,6 @@ def parse(argv):
         prog="toy.experiments",
         usage="python -m %(prog)s [NAME ...] [--flag value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"which (default: all): {', '.join(known)}"

@@ -13,7 +13,6 @@ forward, backward and Adam; MFU counts 3 forward passes (see engine.cost.forward
 GPU's dense bf16 peak. The weights are random: only the speed is asked for.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -32,7 +31,7 @@ import train
 from engine.cost import PEAK, forward_flops, video_tokens
 from engine.distributed import Machine, parallelise, preferred_attention
 from engine.files import write_json
-from engine.options import Run, integers, run_command
+from engine.options import Parser, Run, integers, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
 
 TOY = (
@@ -233,12 +232,8 @@ def print_steps(found, peak):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        prog="wan.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "python -m %(prog)s [--flag value ...]      --help lists the flags"
+    parser = Parser(prog="wan.bench", usage=usage, description=__doc__)
     add = parser.add_argument
     toy_help = "instead: how fast the toy trains, with one choice changed at a time"
     add("--toy", action="store_true", help=toy_help)

@@ -19,7 +19,7 @@ from engine.files import append_line, check_writable, one_line
 from engine.options import run_command
 from engine.video import FPS, read_frames
 
-from .flags import SPAN, WAN, Parser, at_least, failing_in_one_line, named
+from .flags import SPAN, WAN, at_least, failing_in_one_line, make_parser, named
 from .index import REJECTED, find_video, read_index, read_lines, write_lines
 
 QUESTION = """These are {frames} frames of one video of {seconds:.1f} seconds, in order. \
@@ -151,7 +151,7 @@ def left(index, captioned, rejected):
 
 
 def parse(argv):
-    parser = Parser("wan.caption", __doc__)
+    parser = make_parser("wan.caption", __doc__)
     add = parser.add_argument
     add("--videos", required=True, help="folder of the videos")
     add("--index", required=True, help="JSONL file, a row {video, prompt} a line")

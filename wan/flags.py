@@ -9,26 +9,15 @@ import torch
 from safetensors import SafetensorError
 
 from engine.files import one_line
+from engine.options import Parser
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
-class Parser(argparse.ArgumentParser):
-    """Parses a tool's flags. What is wrong with them ends the process with one line."""
-
-    def __init__(self, program, description):
-        super().__init__(
-            prog=program,
-            usage=f"python -m {program} [--flag value ...]      --help lists the flags",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message):
-        # argparse puts "argument --flag: " before what a type says
-        said = one_line(message).removeprefix("argument ").replace(": is ", " is ", 1)
-        self.exit(2, f"{self.prog}: error: {said}\n")
+def make_parser(program, description):
+    """A tool's parser of flags."""
+    usage = f"python -m {program} [--flag value ...]      --help lists the flags"
+    return Parser(prog=program, usage=usage, description=description)
 
 
 def checked(parse, good, wanted):

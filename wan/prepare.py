@@ -29,7 +29,16 @@ from engine.files import append_line, atomic, check_writable, one_line, read_jso
 from engine.options import run_command
 from engine.video import FPS, read_clip, to_frames
 
-from .flags import SPAN, WAN, Parser, at_least, checked, failing_in_one_line, integer_pair, named
+from .flags import (
+    SPAN,
+    WAN,
+    at_least,
+    checked,
+    failing_in_one_line,
+    integer_pair,
+    make_parser,
+    named,
+)
 from .index import REJECTED, find_video, read_index, read_lines, write_lines
 from .shards import EOS, FORMAT, PAD, read_header
 
@@ -362,7 +371,7 @@ SIZES = checked(
 
 
 def parse(argv):
-    parser = Parser("wan.prepare", __doc__)
+    parser = make_parser("wan.prepare", __doc__)
     add = parser.add_argument
     add("--videos", required=True, help="folder of the videos")
     add("--index", required=True, help="JSONL file, a row {video, prompt, caption} a line")
