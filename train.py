@@ -145,7 +145,7 @@ class Train:
         high=1,
     )
     anchor: float = option(
-        0.1, "weight of the cross-entropy that keeps text latents on E's rows", low=0, high=1e3
+        0.1, "weight of the cross-entropy that keeps predictions near E's rows", low=0, high=1e3
     )
     lambda_t: float = option(
         0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|", low=0, high=1e6
@@ -174,8 +174,8 @@ class Train:
 
 
 def make_optimizers(model, kind, lr, adam_lr, text=True):
-    """Adam with the paper's betas; with kind "muon" it trains what Muon does not: Muon has the
-    blocks' matrices. text: whether the text stream is trained, too."""
+    """Adam with the paper's betas for everything, or, with kind "muon", Muon for the blocks'
+    matrices and Adam for the rest. text: whether the text stream is trained too."""
     trained = {name: p for name, p in model.named_parameters() if text or not model.is_text(name)}
     matrices, rest = [], []
     for name, p in trained.items():

@@ -6,10 +6,10 @@ Read it from top to bottom, as the data flows:
     Attention, Block                   shared attention, one FFN expert for each modality
     EmbeddingFlow                      the text's path, loss and step
     UniViGU                            the network: two latents in, two velocities out
-    sample_clocks, uni_flow_loss       training: both flows, two independent clocks
+    sample_clocks, uni_flow_loss       training: both flows, two clocks
     understand, generate, joint        sampling: the three differ only in which clock runs
 
-Symbols, the same everywhere (B batch, V vocabulary, N text tokens of width d, L prompt tokens):
+Symbols (B batch, V vocabulary, N text tokens of width d, L prompt tokens; m a modality):
     z_v  (B, C, F, H, W)       video latent: channels, frames, rows, columns; z_v1 data, z_v0 noise
     y    (B, N) int64          text tokens; y_hat are decoded ones
     z_t  (B, N, d)             text latent E[y]; z_t1 data, z_t0 noise
@@ -17,7 +17,7 @@ Symbols, the same everywhere (B batch, V vocabulary, N text tokens of width d, L
     c    (B, L, prompt_dim)    prompt embedding, zero-padded; all zeros = no prompt
     u_v, u_t                   target velocities, data - noise
     v_v, v_t                   predicted velocities (Wan's network gives -v_v)
-    h    {m: (B, n, dim)}      hidden tokens of modality m: "v" video (n_v of them), "t" text (N)
+    h    {m: (B, n, dim)}      hidden tokens: of "v", video (n_v of them), and "t", text (N)
     e    {m: (B, dim)}         embedding of a modality's clock; its modulation, {m: (B, 6, dim)}, is
                                a block's shift, scale and gate, of attention and of the FFN
     eq. k                      equation k of the paper, arXiv 2604.08121
@@ -51,7 +51,7 @@ from torch import nn
 # -------------------------------------------------------- every size and choice
 RULES = "choices", "low", "high"
 KINDS: dict = {int: (int, "an integer"), float: ((int, float), "a number"),
-               str: (str, "a text"), bool: (bool, "true or false")}
+               str: (str, "a string"), bool: (bool, "true or false")}
 
 
 def option(default, help, *, choices=None, low=None, high=None) -> Any:
@@ -60,7 +60,7 @@ def option(default, help, *, choices=None, low=None, high=None) -> Any:
 
 
 def validate(options):
-    """Raises ValueError on a field of a dataclass that is not as its type and `option` say."""
+    """Raises ValueError if a field of a dataclass breaks its type or the limits of its `option`."""
     for f in fields(options):
         value, (choices, low, high) = getattr(options, f.name), map(f.metadata.get, RULES)
         if f.type not in KINDS:
@@ -80,7 +80,8 @@ size = partial(option, low=1, high=10**6)
 
 @dataclass
 class Config:
-    """Every size and choice of the model. Wan2.1's names where it has them; text_* is the text."""
+    """Every size and choice of the model, under Wan2.1's names, except that text_* is the text's:
+    Wan's text_dim and text_len, which are the prompt's, are prompt_dim and prompt_len here."""
 
     dim: int = size(64, "width of the hidden tokens")
     ffn_dim: int = size(256, "hidden width of the video expert FFN_v")
@@ -91,16 +92,16 @@ class Config:
     patch_size: tuple[int, int, int] = option((1, 1, 1), "latent frames, rows, columns of a token")
     freq_dim: int = size(256, "sinusoids of a clock")
     eps: float = option(1e-6, "epsilon of every norm that Wan has", low=1e-12, high=1)
-    prompt_dim: int = size(64, "width of the prompt embedding c (umT5-xxl: 4096; Wan's text_dim)")
-    prompt_len: int = size(16, "length to which c is zero-padded (Wan: 512, its text_len)")
+    prompt_dim: int = size(64, "width of the prompt embedding c (umT5-xxl: 4096)")
+    prompt_len: int = size(16, "length to which c is zero-padded (Wan: 512)")
     vocab_size: int = size(34, "V, rows of the token embedding E")
     text_len: int = size(16, "N, text tokens of a caption")
     text_dim: int = size(64, "d, width of a text token's embedding")
     text_ffn_dim: int = size(256, "hidden width of the text expert FFN_t")
     text_ffn_init: str = option("new", "FFN_t starts 'new' (the paper) or as a 'copy' of FFN_v",
                                 choices=("new", "copy"))
-    text_flow: str = option("embedding", "'embedding' (eq. 7-8), or 'discrete', the published "
-                            "weights' (wan/published.py)", choices=("embedding",))
+    text_flow: str = option("embedding", "'embedding' (eq. 7-8); a subclass for the published "
+                            "weights has 'discrete' (wan/published.py)", choices=("embedding",))
     text_output: str = option("velocity", "what the text head predicts: 'velocity' (the paper), or "
                               "the data point 'x1'", choices=("velocity", "x1"))
     embedding: str = option("unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
@@ -152,20 +153,20 @@ def interpolate(z0, z1, tau):
     return z, u
 
 
-def noise_like(z, generator=None):
-    """Gaussian noise shaped as z, drawn where the generator lives: every device gets the same."""
-    home = generator.device if generator else "cpu"
-    return to_device(torch.randn(z.shape, generator=generator, device=home), z.device).to(z.dtype)
-
-
 def to_device(x, device):
     """x on `device`; from pinned memory, so that the CPU need not wait for a GPU to take it."""
     pin = device.type == "cuda" and x.device.type == "cpu"
     return (x.pin_memory() if pin else x).to(device, non_blocking=True)
 
 
+def noise_like(z, generator=None):
+    """Gaussian noise shaped as z, drawn on the generator's device (default: the CPU)."""
+    home = generator.device if generator else "cpu"
+    return to_device(torch.randn(z.shape, generator=generator, device=home), z.device).to(z.dtype)
+
+
 def warp(r, shift):
-    """A clock r in [0, 1] that lingers near noise for shift > 1, as Wan's shift of sigma does."""
+    """Warps r in [0, 1] to a clock that lingers near noise for shift > 1, as Wan's shift does."""
     return r / (r + shift * (1 - r))
 
 
@@ -223,7 +224,7 @@ def sinusoid(tau, dim):
 # -------------------------------------------------------- positions
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # angles cached while sampling must serve training too
-def rope(grid, widths, device):
+def grid_rope(grid, widths, device):
     """RoPE of a grid, axis k on widths[k] entries of a head: cos, sin (tokens, head_dim/2)."""
     position = torch.cartesian_prod(*map(torch.arange, grid)).view(-1, len(grid))  # (tokens, axes)
     frequency = [10000.0 ** -(torch.arange(0, w, 2, dtype=torch.float64) / w) for w in widths]
@@ -232,14 +233,14 @@ def rope(grid, widths, device):
 
 
 def video_rope(grid, head_dim, device):
-    """3-D RoPE of a (F, H, W) grid of tokens; pairs are shared as in Wan, 22/21/21 of 64."""
+    """3-D RoPE of a (F, H, W) grid of tokens; pairs are split as in Wan, 22/21/21 of 64."""
     side = 2 * (head_dim // 6)
-    return rope(grid, (head_dim - 2 * side, side, side), device)
+    return grid_rope(grid, (head_dim - 2 * side, side, side), device)
 
 
 def text_rope(n, head_dim, device):
     """1-D RoPE of n text tokens over the whole head, from position 0."""
-    return rope((n,), (head_dim,), device)
+    return grid_rope((n,), (head_dim,), device)
 
 
 def rotate(x, cos, sin, pairs):
@@ -252,23 +253,23 @@ def rotate(x, cos, sin, pairs):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], two).flatten(-2).type_as(x)
 
 
-def turn(x, rope):
-    """x (B, heads, n, head_dim), each stream by its own entry (cos, sin, pairs) of rope."""
-    parts = x.split([len(cos) for cos, _, _ in rope], dim=2)
-    return join((rotate(part, *r) for part, r in zip(parts, rope)), dim=2)
-
-
-# -------------------------------------------------------- attention and the block
 def join(parts, dim):
     """Tensors one after the other; a single one is not copied."""
     parts = list(parts)
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
+def rotate_streams(x, rope):
+    """Rotates x (B, heads, n, head_dim), each stream by its own (cos, sin, pairs)."""
+    parts = x.split([len(cos) for cos, _, _ in rope], dim=2)
+    return join((rotate(part, *r) for part, r in zip(parts, rope)), dim=2)
+
+
+# -------------------------------------------------------- attention and the block
 # What a clock does to a block's two branches, attention and FFN; (B, 1, dim) each.
 Modulation = namedtuple("Modulation", "shift scale gate shift_ffn scale_ffn gate_ffn")
 
-# A block's keys and values, (B, heads, n, head_dim) each, of the video and of the prompt.
+# A block's KV cache: keys and values, (B, heads, n, head_dim) each, of video and of prompt.
 Memory = namedtuple("Memory", "video prompt")
 
 # What a modality brings to the blocks: hidden tokens (B, n, dim), embedding (B, dim) and modulation
@@ -297,9 +298,9 @@ class Attention(nn.Module):
         q = self.heads(self.norm_q(self.q(x)))  # eq. 12
         if context is None:
             return self.attend(q, *memory), None
-        k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
+        k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))  # eq. 12
         if rope is not None:
-            q, k = turn(q, rope), turn(k, rope)
+            q, k = rotate_streams(q, rope), rotate_streams(k, rope)
         seen = (k, v) if memory is None else (torch.cat(s, dim=2) for s in zip(memory, (k, v)))
         return self.attend(q, *seen), (k, v)
 
@@ -333,17 +334,17 @@ class Block(nn.Module):
         """
         mod = {m: (self.modulation.float() + modulation[m])[:, :, None] for m in h}
         mod = {m: Modulation(*mod[m].unbind(1)) for m in h}
-        ffn = {"v": self.ffn, "t": self.ffn_t}
+        experts = {"v": self.ffn, "t": self.ffn_t}              # a third modality: one more here
         sizes = [h_m.shape[1] for h_m in h.values()]
-        video, prompt = memory or (None, None)
+        video_kv, prompt_kv = memory or (None, None)            # a cache, or computed here
 
         x = join((self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h), dim=1)
-        a, kv = self.self_attn(x, x, rope.values(), video)               # eq. 14
+        a, kv = self.self_attn(x, x, rope.values(), memory=video_kv)               # eq. 14
         h = {m: h[m] + mod[m].gate * a_m for m, a_m in zip(h, a.split(sizes, dim=1))}
-        a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt)  # eq. 4
+        a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt_kv)  # eq. 4
         h = {m: h[m] + a_m for m, a_m in zip(h, a.split(sizes, dim=1))}  # no gate
         x = {m: self.norm2(h[m]) * (1 + mod[m].scale_ffn) + mod[m].shift_ffn for m in h}
-        h = {m: h[m] + mod[m].gate_ffn * ffn[m](x[m]) for m in h}        # eq. 5, eq. 15
+        h = {m: h[m] + mod[m].gate_ffn * experts[m](x[m]) for m in h}        # eq. 5, eq. 15
         return h, Memory(tuple(s[:, :, :sizes[0]] for s in kv), kv_c) if remember else None
 
 
@@ -364,7 +365,7 @@ class Head(nn.Module):
 
 # -------------------------------------------------------- the text's flow
 class EmbeddingFlow:
-    """The text travels from Gaussian noise to token embeddings, as the video to its latent."""
+    """The text travels from Gaussian noise to token embeddings, as the video does to its latent."""
 
     def noise(self, model, like, n, generator=None):
         """z_t0 (B, n, d) for the batch of `like`, on its device."""
@@ -405,19 +406,19 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         self.config = config
         dim, freq_dim = config.dim, config.freq_dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
-        self.text_embedding = ffn(config.prompt_dim, dim, dim)
+        self.text_embedding = ffn(config.prompt_dim, dim, dim)  # of the prompt c; Wan's name
         self.time_embedding, self.time_projection = clock_networks(freq_dim, dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_dim)  # E
-        self.text_in, text_out, self.text_shape = self.text_ends()
+        self.text_in, text_width, self.text_shape = self.text_interface()
         self.time_embedding_t, self.time_projection_t = clock_networks(freq_dim, dim)
-        self.head_t = Head(dim, text_out, eps=1e-5, affine=True)
+        self.head_t = Head(dim, text_width, eps=1e-5, affine=True)
         self.init_weights()
 
-    def text_ends(self):
-        """The layer where text enters, the width in which it leaves, and the shape of its state."""
+    def text_interface(self):
+        """The text's input layer, the width of its output, the shape of a token's state."""
         d = self.config.text_dim
         return CastLinear(d, self.config.dim), d, (d,)
 
@@ -442,7 +443,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         for block in self.blocks:
             block.modulation[:, [2, 5]] += self.config.gate_init
         for head in (self.head, self.head_t):
-            nn.init.zeros_(head.head.weight)    # an untrained head is silent
+            nn.init.zeros_(head.head.weight)    # an untrained head gives 0
 
     @torch.no_grad()
     def start_text(self):
@@ -479,55 +480,17 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         if z_t is not None:
             streams["t"] = self.text_stream(z_t, tau_t)
         h, e, modulation, rope = (dict(zip(streams, s)) for s in zip(*streams.values()))
-        c = F.pad(c, (0, 0, 0, self.config.prompt_len - c.shape[1]))      # Wan sees padding
+        c = F.pad(c, (0, 0, 0, self.config.prompt_len - c.shape[1]))  # attended, as in Wan
         c = self.text_embedding(c)                                        # (B, L, dim)
         memory = []
         for block in self.blocks:
-            h, kept = block(h, modulation, c, rope, None, remember)       # eq. 14, eq. 15
+            h, kept = block(h, modulation, c, rope, None, remember)  # shared attention, FFN_m
             memory.append(kept)
         v_v = -self.unpatchify(self.head(h["v"], e["v"]), z_v.shape[2:])  # data - noise
         v_t = None
         if z_t is not None:
             v_t = self.text_velocity(self.head_t(h["t"], e["t"]), z_t, tau_t)
         return (v_v, v_t, memory) if remember else (v_v, v_t)             # eq. 10
-
-    def text_alone(self, z_t, tau_t, memory):
-        """v_t (B, N, d) at another z_t and tau_t; of the video and the prompt there is `memory`,
-        which forward returned with `remember`, so that only the text's tokens are computed."""
-        text = self.text_stream(z_t, tau_t)
-        h = {"t": text.h}
-        for block, kept in zip(self.blocks, memory):
-            h, _ = block(h, {"t": text.modulation}, None, {"t": text.rope}, kept)
-        return self.text_velocity(self.head_t(h["t"], text.e), z_t, tau_t)
-
-    def video_stream(self, z_v, tau_v):
-        """z_v (B, C, F, H, W) and its clock (B,) as a Stream of n_v = f h w tokens."""
-        e = self.time_embedding(sinusoid(tau_v, self.config.freq_dim))       # (B, dim)
-        modulation = self.time_projection(e).unflatten(1, (6, -1))           # (B, 6, dim)
-        h = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))  # (B, dim, f, h, w)
-        angles = video_rope(tuple(h.shape[2:]), self.config.head_dim, z_v.device)
-        h = rearrange(h, "b c f h w -> b (f h w) c").float()                 # (B, n_v, dim)
-        return Stream(h.contiguous(), e, modulation, (*angles, "adjacent"))  # else norms copy
-
-    def text_stream(self, z_t, tau_t):
-        """z_t (B, N, d) and its clock (B,) as a Stream of N tokens."""
-        e = self.time_embedding_t(sinusoid(tau_t, self.config.freq_dim))  # (B, dim)
-        modulation = self.time_projection_t(e).unflatten(1, (6, -1))      # (B, 6, dim)
-        angles = text_rope(z_t.shape[1], self.config.head_dim, z_t.device)
-        return Stream(self.text_in(z_t).float(), e, modulation, (*angles, "halves"))
-
-    def text_velocity(self, out, z_t, tau_t):
-        """The text head's output -> v_t. A predicted data point implies the velocity to it."""
-        if self.config.text_output == "velocity":
-            return out
-        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)  # bounded near data
-
-    def unpatchify(self, x, size):
-        """(B, n_v, patch x out_dim) -> (B, out_dim, F, H, W), size (F, H, W)."""
-        pf, ph, pw = self.config.patch_size
-        f, h, w = (s // p for s, p in zip(size, self.config.patch_size))
-        return rearrange(x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-                         f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
     def check(self, z_v, z_t, tau_v, tau_t, c):
         """Raises ValueError, with the shapes found and wanted, on inputs that do not fit."""
@@ -545,11 +508,49 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
             if not fits or not all(size in sizes for size, sizes in zip(found, allowed)):
                 raise ValueError(f"{name} has shape {found}, wanted ({', '.join(labels)})")
 
+    def video_stream(self, z_v, tau_v):
+        """z_v (B, C, F, H, W) and its clock (B,) as a Stream of n_v = f h w tokens."""
+        e = self.time_embedding(sinusoid(tau_v, self.config.freq_dim))       # (B, dim)
+        modulation = self.time_projection(e).unflatten(1, (6, -1))           # (B, 6, dim)
+        h = self.patch_embedding(z_v.to(self.patch_embedding.weight.dtype))  # (B, dim, f, h, w)
+        angles = video_rope(tuple(h.shape[2:]), self.config.head_dim, z_v.device)
+        h = rearrange(h, "b c f h w -> b (f h w) c").float()                 # (B, n_v, dim)
+        return Stream(h.contiguous(), e, modulation, (*angles, "adjacent"))  # else all norms copy
+
+    def text_stream(self, z_t, tau_t):
+        """z_t (B, N, d) and its clock (B,) as a Stream of N tokens."""
+        e = self.time_embedding_t(sinusoid(tau_t, self.config.freq_dim))  # (B, dim)
+        modulation = self.time_projection_t(e).unflatten(1, (6, -1))      # (B, 6, dim)
+        angles = text_rope(z_t.shape[1], self.config.head_dim, z_t.device)
+        return Stream(self.text_in(z_t).float(), e, modulation, (*angles, "halves"))
+
+    def unpatchify(self, x, size):
+        """(B, n_v, patch x out_dim) -> (B, out_dim, F, H, W), size (F, H, W)."""
+        pf, ph, pw = self.config.patch_size
+        f, h, w = (s // p for s, p in zip(size, self.config.patch_size))
+        return rearrange(x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+                         f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
+
+    def text_velocity(self, out, z_t, tau_t):
+        """The text head's output -> v_t. A predicted data point implies the velocity to it."""
+        if self.config.text_output == "velocity":
+            return out
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)  # bounded near data
+
+    def text_alone(self, z_t, tau_t, memory):
+        """v_t (B, N, d) at another z_t and tau_t, computing the text's tokens alone. Video and
+        prompt come from `memory`, the KV cache that forward returned with `remember`."""
+        text = self.text_stream(z_t, tau_t)
+        h = {"t": text.h}
+        for block, kept in zip(self.blocks, memory):
+            h, _ = block(h, {"t": text.modulation}, None, {"t": text.rope}, kept)
+        return self.text_velocity(self.head_t(h["t"], text.e), z_t, tau_t)
+
 
 # -------------------------------------------------------- training: one loss for both flows
-# Independent clocks almost never stand at tau_v = 1 or tau_t = 1, where understand() and generate()
-# always are. So clocks="mixture" gives each line of the (tau_v, tau_t) square a share of the batch
-# and its prompt dropout. None is p_drop, so that text is read off the video, not off the prompt.
+# The samplers walk three lines of the (tau_v, tau_t) square, which independent clocks almost never
+# hit. So clocks="mixture" gives each line, and the whole square, a (share of the batch, prompt
+# dropout). None is the caller's p_drop; a high one makes the model read the video, not the prompt.
 MIXTURE = {"understand": (0.25, None), "generate": (0.40, 0.1), "joint": (0.25, 0.1),
            "independent": (0.10, None)}
 
@@ -559,11 +560,11 @@ Clocks = namedtuple("Clocks", "tau_v tau_t loss_mask_v loss_mask_t keep_prompt")
 
 
 def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixture=MIXTURE):
-    """Draws both clocks of a batch. One coin decides for each sample, never one for the batch.
+    """Draws both clocks of a batch. Each sample has its own coin for dropping its prompt.
 
-    kind: "independent", the paper's; "logit-normal", tau_v mostly between .2 and .7, where content
-    is decided, for a generator from scratch; "mixture", lines with shares and prompt dropout.
-    p_drop in [0, 1]. Raises ValueError for other kinds.
+    kind: "independent", the paper's if text_shift is 1; "logit-normal", tau_v mostly from .2 to .7,
+    where content is decided, for a generator from scratch; "mixture", lines with shares and prompt
+    dropout. p_drop in [0, 1]. Raises ValueError for other kinds.
     """
     kinds = {"mixture": mixture} | {k: {k: (1.0, None)} for k in ("independent", "logit-normal")}
     if kind not in kinds:
@@ -592,11 +593,11 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
 
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain
     video generator (eq. 2); c (B, at most L, prompt_dim) prompts, replaced by c_null (default:
-    zeros) with probability p_drop. clocks, mixture: see sample_clocks; without text, "mixture" is
-    "independent". lambda_t None = |z_v| / |z_t|, tokens over tokens. anchor: weight of the
-    cross-entropy that keeps z_t near E's rows (0 = the paper). generator: a CPU torch.Generator.
+    zeros) with probability p_drop, or that of the line. clocks, mixture: see sample_clocks; without
+    text, "mixture" is "independent". lambda_t None = |z_v| / |z_t|, of tokens. anchor: weight of
+    the cross-entropy that keeps predictions near E's rows (0 = the paper). generator: on the CPU.
 
-    Returns a scalar, eq. 11 over the number of entries of a video latent, plus the anchor; and a
+    Returns a scalar, eq. 11 divided by the number of entries of a latent, plus the anchor; and a
     dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's
     entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t". With y None:
     the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape.
@@ -638,8 +639,8 @@ def clock_grid(steps, shift):
     return warp(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def stack(point, *nulls):
-    """One batch of a point and, after it, the same point with each null's entries."""
+def with_nulls(point, *nulls):
+    """One batch: the point, then for each null the same point with the null's entries replaced."""
     passes = zip(point, *(point._replace(**null) for null in nulls))
     return Point(*(None if x[0] is None else join(x, dim=0) for x in passes))
 
@@ -647,8 +648,8 @@ def stack(point, *nulls):
 def guide(v, guidance, passes=2, null=1):
     """Guidance: v_null + guidance (v_cond - v_null); 1 = conditional, 0 = unconditional.
 
-    v: the velocities of a stacked batch; null: which of its passes is the unconditional one. A
-    modality at tau = 0 is pure noise and tells nothing: so the other one is made unconditional.
+    v: the velocities of all passes of with_nulls; null: which of them is the unconditional one. In
+    it another modality is pure noise (its clock at 0), which says nothing about this one.
     """
     if guidance == 1:
         return v
@@ -663,9 +664,10 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
 
     z_v (B, C, F, H, W) clean latents; c (B, at most L, prompt_dim), or None for no prompt. length N
     and shift: the model's own by default. guidance contrasts with a video of pure noise.
-    reuse_video: keys and values of video and prompt are those of the first step, and the other
-    steps compute the text's tokens alone. callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state
-    after k = 0, 1, ... steps, and the velocities that led there (None for k = 0 and where given).
+    reuse_video: the first step's keys and values of video and prompt are kept (a KV cache), and
+    later steps compute the text's tokens alone. It is an approximation: the video's keys depend
+    on the text, which changes. callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state after k =
+    0, 1, ... steps, and the velocities that led there (None at k = 0, and for what is given).
     Returns y_hat (B, N) int64. Raises ValueError for steps < 1, shift <= 0, shapes that do not fit.
     """
     cfg, b, flow, memory = model.config, len(z_v), model.text_flow, None
@@ -677,13 +679,13 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     if callback:
         callback(0, 1.0, grid[0], z_v, z_t, None, None)
     for k, (tau, tau_next) in enumerate(zip(grid, grid[1:]), 1):
-        seen = stack(Point(z_v, z_t, one, zero + tau, c), *nulls)
+        batch = with_nulls(Point(z_v, z_t, one, zero + tau, c), *nulls)
         if memory:
-            v_t = model.text_alone(seen.z_t, seen.tau_t, memory)
+            v_t = model.text_alone(batch.z_t, batch.tau_t, memory)
         elif reuse_video:
-            _, v_t, memory = model(*seen, remember=True)
+            _, v_t, memory = model(*batch, remember=True)
         else:
-            _, v_t = model(*seen)
+            _, v_t = model(*batch)
         v_t = guide(v_t, guidance)
         z_t = flow.step(z_t, v_t, tau, tau_next, generator)  # eq. 16
         if callback:
@@ -714,22 +716,22 @@ def generate(model, y, c, shape, *, steps=20, shift=1.0, guidance=1.0, c_null=No
     if callback:
         callback(0, grid[0], 1.0, z_v, z_t, None, None)
     for k, (tau, tau_next) in enumerate(zip(grid, grid[1:]), 1):
-        seen = stack(Point(z_v, z_t, zero + tau, tau_t, c), *nulls)
-        v_v = guide(model(*seen)[0], guidance)
+        batch = with_nulls(Point(z_v, z_t, zero + tau, tau_t, c), *nulls)
+        v_v = guide(model(*batch)[0], guidance)
         z_v = z_v + (tau_next - tau) * v_v  # eq. 17; eq. 3 without text
         if callback:
             callback(k, tau_next, 1.0, z_v, z_t, v_v, None)
     return z_v
 
 
-@singledispatch  # published weights have their own
+@singledispatch  # wan/published.py registers its own
 @torch.no_grad()
 def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0, c_null=None,
           length=None, generator=None, callback=None):
     """Prompt -> video and text: both start as noise and both clocks run, each on its grid (eq. 18).
 
     c (B, at most L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the
-    text's (default: shift times the model's own, which is eq. 18's one clock where that is 1).
+    text's (default: shift times the model's own; if that is 1, the single clock of eq. 18).
     guidance contrasts each modality with no prompt and pure noise in place of the other. callback:
     see understand. Returns z_v (B, C, F, H, W), y_hat (B, N). Raises as understand does.
     """
@@ -742,13 +744,13 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
         nulls = [dict(z_t=flow.noise(model, c, n, generator), tau_t=zero, c=no_c),  # v_v's
                  dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)]          # v_t's
-    text_shift = shift * cfg.text_shift if text_shift is None else text_shift       # warps multiply
+    text_shift = shift * cfg.text_shift if text_shift is None else text_shift  # shifts multiply
     grid_v, grid_t = clock_grid(steps, shift), clock_grid(steps, text_shift)
     if callback:
         callback(0, grid_v[0], grid_t[0], z_v, z_t, None, None)
     for k in range(1, steps + 1):
         (tau_v, next_v), (tau_t, next_t) = grid_v[k - 1:k + 1], grid_t[k - 1:k + 1]
-        v_v, v_t = model(*stack(Point(z_v, z_t, zero + tau_v, zero + tau_t, c), *nulls))
+        v_v, v_t = model(*with_nulls(Point(z_v, z_t, zero + tau_v, zero + tau_t, c), *nulls))
         v_v, v_t = guide(v_v, guidance, passes=3, null=1), guide(v_t, guidance, passes=3, null=2)
         z_v = z_v + (next_v - tau_v) * v_v                                          # eq. 18
         z_t = flow.step(z_t, v_t, tau_t, next_t, generator)                         # eq. 18

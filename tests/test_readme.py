@@ -325,7 +325,7 @@ FORWARD = {
     "clock, and joins them into one sequence.",
     "a, kv = self.self_attn(": "All tokens attend to all: this is where video and text meet.",
     "a, kv_c = self.cross_attn(": "All tokens attend to the prompt, as in Wan.",
-    "h = {m: h[m] + mod[m].gate_ffn": "Each modality goes through its own expert, `ffn[m]`.",
+    "h = {m: h[m] + mod[m].gate_ffn": "Each modality goes through its own expert, `experts[m]`.",
     "v_v = -self.unpatchify(": "Turns video tokens back into a latent's velocity, data minus "
     "noise; Wan's head gives noise minus data.",
     "v_t = self.text_velocity(": "Turns text tokens into the velocity of the text.",

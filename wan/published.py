@@ -24,8 +24,8 @@ from univigu import (
     joint,
     noise_like,
     option,
-    stack,
     to_device,
+    with_nulls,
 )
 
 
@@ -118,7 +118,7 @@ class PublishedUniViGU(UniViGU):
     def __init__(self, config: PublishedConfig):
         super().__init__(config)
 
-    def text_ends(self):
+    def text_interface(self):
         return Rows(self.token_embedding), self.config.vocab_size, ()
 
     def text_velocity(self, out, z_t, tau_t):
@@ -167,7 +167,7 @@ def _(
         callback(0, grid_v[0], grid_t[0], z_v, y_t, None, None)
     for k in range(steps):
         point = Point(z_v, y_t, zero + grid_v[k], zero + grid_t[k], c)
-        v_v, logits = model(*stack(point, *nulls))
+        v_v, logits = model(*with_nulls(point, *nulls))
         v_v = guide(v_v, guidance, passes=3, null=1)
         logits = guide(logits, guidance, passes=3, null=2)
         z_v = z_v + (grid_v[k + 1] - grid_v[k]) * v_v
