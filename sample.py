@@ -34,10 +34,8 @@ from engine.sampling import parse
 from engine.video import check_video_out, read_resized, read_video, write_video
 from engine.world import World
 from univigu import Config, generate, joint, understand
+from wan.flags import WAN
 from wan.published import build, config_from, latents_of
-
-WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # VAE, umT5 and tokenizer where a checkpoint has none
-
 
 # ---------------------------------------------------------------- checkpoints
 

@@ -371,7 +371,8 @@ def make_world(data, seed, vocabulary="data"):
 def load_start(folder, config, make_model):
     """The model that --init names, and what its train.json says. Raises ValueError, OSError."""
     if wan.is_wan(folder):
-        return wan.load(folder, **asdict(config)), {"stage": "recall"}  # its text has started
+        model = wan.load(folder, make_model=make_model, **asdict(config))
+        return model, {"stage": "recall"}  # its text has started
     return checkpoint.load_model(folder, config, make_model)
 
 
@@ -446,7 +447,7 @@ def resumed(given, out):
     try:
         options = make_options(checkpoint.read_options(folder))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be read: {error}: remove it") from None
+        raise ValueError(f"checkpoint {folder} cannot go on: {error}") from None
     stored = {name: value for part in options for name, value in asdict(part).items()}
     for name in given.keys() - ANY_TIME:
         if given[name] != stored.get(name, given[name]):

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine.distributed import local_shard, wait_for_all
-from engine.files import atomic, one_line, read_json, write_json, write_text
+from engine.files import atomic, check_folder, one_line, read_json, write_json, write_text
 from univigu import Config
 
 LAUNCH = ".launch"  # file in a run's folder: the call of torchrun that began it, see launch()
@@ -260,8 +260,7 @@ def start_anew(out, overwrite):
     Raises ValueError where there are some and `overwrite` is False, or where it cannot be written.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK | os.X_OK)):
-        raise ValueError(f"out is {out}, wanted a folder that can be written to")
+    check_folder(out)
     old = checkpoints(out)
     if old and not overwrite:
         raise ValueError(
@@ -321,7 +320,7 @@ def launch():
 def note_launch(out):
     """Stores which call of torchrun began a run."""
     if launch():
-        Path(out, LAUNCH).write_text(launch())
+        write_text(Path(out, LAUNCH), launch())
 
 
 def was_restarted(out):

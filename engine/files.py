@@ -49,7 +49,10 @@ def append_line(path, value):
 
 def remove(path):
     """Removes a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def check_writable(path, flag="--out"):
@@ -63,6 +66,18 @@ def check_writable(path, flag="--out"):
             place.with_name(f".part-{path.name}").touch()
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written in {folder}: {error.strerror}") from None
+
+
+def check_folder(path, flag="--out"):
+    """Raises ValueError where a folder cannot be made or written to. Leaves nothing."""
+    place = Path(os.path.abspath(path))
+    there = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=there):
+            pass
+    except OSError as error:
+        wanted = "wanted a folder that can be written to"
+        raise ValueError(f"{flag} is {path}, {wanted}: {error.strerror}") from None
 
 
 def read_json(path, key=None):

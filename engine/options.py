@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -184,6 +185,19 @@ def add_flags(parser, title, cls, *, skip=(), defaults=True, notes=None):
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
+def number(kind, low, high):
+    """A type for argparse: a number from low to high."""
+
+    def parsed(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {value}, wanted {low} to {high}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse says it of a text that is no number
+    return parsed
+
+
 def integers(text):
     """Integers as a flag has them: "1,2,2" -> (1, 2, 2). Raises ValueError for other text."""
     return tuple(map(int, text.split(",")))
@@ -198,8 +212,13 @@ def fail(prog, error):
 
 
 def run_command(main):
-    """Calls a program's main. Ctrl-C ends it without a traceback, as a shell wants it."""
+    """Calls a program's main. Ctrl-C ends it without a traceback.
+
+    It dies of the signal: a shell goes on with its script after any exit code, even 130.
+    """
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from engine.options import Parser
+from engine.options import Parser, number
 
 
 def rows_by_columns(text):
@@ -14,19 +14,6 @@ def rows_by_columns(text):
         )
     rows, columns = text.split("x")
     return int(rows), int(columns)
-
-
-def number(kind, low, high):
-    """What argparse makes of a text: a number from low to high."""
-
-    def parsed(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"is {value}, wanted {low} to {high}")
-        return value
-
-    parsed.__name__ = kind.__name__  # argparse says it of a text that is no number
-    return parsed
 
 
 MODES = {
@@ -48,7 +35,7 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "alone says it",
     "joint prompt": 'what to draw, for example "a red circle moving right"; empty: anything',
     "prompts": "text file, a prompt a line; --out is then a folder, which gets the videos and "
-    "index.jsonl; what is there stays",
+    "index.jsonl; videos that are there are kept",
     "out": "video file to write (default: named as the mode, .gif, or .mp4 for the real world)",
     "negative-prompt": "what guidance leads away from (default: Wan's; the toy has none)",
     "caption": "detailed caption for the text stream (default: the prompt)",

@@ -14,7 +14,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    """A finished run that does not end is a fault, too: after two minutes it says where it hangs."""
+    """A finished run that does not end is a fault, too: it says where it hangs after 2 minutes."""
     faulthandler.dump_traceback_later(120, file=sys.__stderr__)
 
 
@@ -31,7 +31,7 @@ def refusal(capsys, main, *argv):
 
 @pytest.fixture(scope="module")
 def one_codec():
-    """Every World shares one codec: it has no state, and building it takes longer than most tests."""
+    """Every World shares one codec: it has no state, and is slower to build than most tests."""
     import toy
 
     codec = toy.Codec()

@@ -1,4 +1,6 @@
-"""The discrete text flow against closed forms: its path, its two losses, its solver on the exact posterior of a known distribution."""
+"""The discrete text flow against closed forms: its path, its two losses, its solver on the exact
+posterior of a known distribution.
+"""
 
 import math
 from types import SimpleNamespace
@@ -107,7 +109,7 @@ def test_a_token_is_clean_with_probability_tau_and_else_uniform(tau):
     assert (share > 0).sum() == (1 if tau == 1 else V)
 
 
-# ---------------------------------------------------------------- the losses, a second time in plain loops
+# ---------------- the losses, a second time in plain loops
 
 
 @pytest.mark.parametrize("kind", ["cross-entropy", "generalised-kl"])
@@ -130,7 +132,8 @@ def test_losses_equal_their_formula(kind):
             now, clean = y_t[b, i].item(), y[b, i].item()
             if kind == "cross-entropy":
                 total -= math.log(p[clean])
-            else:  # Gat et al. 2024: kappa' / (1 - kappa) (delta - p(y_t) - (1 - delta) log p(y_1)), kappa = tau
+            else:
+                # Gat et al.: (delta - p(y_t) - (1 - delta) log p(y_1)) kappa' / (1 - kappa)
                 delta = float(now == clean)
                 total += (delta - p[now] - (1 - delta) * math.log(p[clean])) / max(
                     1 - tau[b].item(), 0.05
@@ -140,7 +143,9 @@ def test_losses_equal_their_formula(kind):
 
 @pytest.mark.parametrize("kind", ["cross-entropy", "generalised-kl"])
 def test_the_exact_posterior_minimises_both_losses(kind):
-    """Expected loss over (y_1, y_t) in closed form; its gradient vanishes at the posterior, and any other logits are worse."""
+    """Expected loss over (y_1, y_t) in closed form; its gradient vanishes at the posterior, and any
+    other logits are worse.
+    """
     tau = torch.tensor([0.35], dtype=torch.float64)
     logits = posterior(torch.arange(V), tau).clamp(min=1e-12).log().requires_grad_()  # (y_t, k)
     p_t = P[:, None] * (
@@ -170,7 +175,9 @@ def test_the_exact_posterior_minimises_both_losses(kind):
 
 
 def test_the_total_weighs_tokens_over_tokens():
-    """eq. 11 with the text's squared error replaced by its cross-entropy: lambda_t = |z_v| / |z_t|, everything over the entries of a video latent."""
+    """eq. 11 with the text's squared error replaced by its cross-entropy: lambda_t = |z_v| / |z_t|,
+    everything over the entries of a video latent.
+    """
     model, (z_v, y, c) = build(), data()
     total, parts = uni_flow_loss(model, z_v, y, c, generator=seeded(3))
     n_v, entries = 2 * 2 * 2, z_v[0].numel()
@@ -331,7 +338,10 @@ def test_the_config_chooses_the_model():
     assert latents_of(config_from(TINY | {"latents": "raw"})) == "raw"
     for wrong, message in (
         ({"text_flow": "both"}, "text_flow is 'both', wanted one of embedding, discrete"),
-        ({"text_flow": "embedding", "latents": "raw"}, "latents is 'raw', wanted 'normalised'"),
+        (
+            {"text_flow": "embedding", "latents": "raw"},
+            "latents is 'raw', wanted 'normalised', or --text-flow discrete",
+        ),
         (
             {"discrete_loss": "mse"},
             "discrete_loss is 'mse', wanted one of cross-entropy, generalised-kl",

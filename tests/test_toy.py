@@ -53,7 +53,7 @@ def test_frames_have_wans_layout_and_range(rendered):
 
 
 def test_how_often_each_value_occurs():
-    """Equally often; but a corner is open to two directions, an edge to three, the centre to four."""
+    """Equally often; but a corner is open to 2 directions, an edge to 3, the centre to 4."""
     attributes = shapes.sample(range(5_000), "train").attributes
     for name, options in shapes.ATTRIBUTES.items():
         expected = torch.full((len(options),), 1 / len(options))
@@ -320,7 +320,7 @@ def test_oracle_reads_clips_back(rendered, split):
 
 @pytest.mark.parametrize("flaw", ["noise", "pale", "tinted"])
 def test_oracle_bears_flaws(rendered, flaw):
-    """What a generator may get wrong: noise of 0.3, half of the contrast lost, all colours shifted."""
+    """What a generator may get wrong: noise of 0.3, half of the contrast, shifted colours."""
     clips, frames = rendered["seen"]
     attributes, frames = clips.attributes[:300], frames[:300]
     background = shapes.BACKGROUND[shapes.column(attributes, "background")].reshape(-1, 1, 1, 1, 1)

@@ -1,4 +1,6 @@
-"""univigu.py against closed forms, and against the same equations written a second time, plainly, in float64."""
+"""univigu.py against closed forms, and against the same equations written a second time, plainly,
+in float64.
+"""
 
 import copy
 import io
@@ -33,7 +35,8 @@ from univigu import (
 )
 from wan import published
 
-# Head width 16, so that the axes' shares of it (8, 4, 4) differ; no two sizes are equal that a bug could swap.
+# Head width 16, so that the axes' shares of it (8, 4, 4) differ; no two sizes are equal that a bug
+# could swap.
 TINY = dict(
     dim=32,
     ffn_dim=40,
@@ -92,7 +95,7 @@ def gap(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
-# ---------------------------------------------------------------- Wan's equations once more: float64, one sample, plain loops
+# ---------------- Wan's equations once more: float64, one sample, plain loops
 
 
 def parameters64(model):
@@ -240,7 +243,7 @@ def reference_unpatchify(rows, grid, patch, channels):
 
 
 def reference_model(model, z_v, z_t, tau_v, tau_t, c):
-    """One sample. Wan's own output (noise - data) and the text head's output, or None without text."""
+    """One sample: Wan's own output (noise - data) and the text head's, or None without text."""
     p, cfg = parameters64(model), model.config
     head_dim = cfg.dim // cfg.num_heads
     h_v, grid = reference_patches(p, cfg, z_v.double())
@@ -409,7 +412,7 @@ def test_a_head_that_undoes_the_patch_embedding_gives_back_the_latent(patch, siz
     assert gap(v_v, z) < 1e-5
 
 
-# ---------------------------------------------------------------- the block and the model against the reference
+# ---------------- the block and the model against the reference
 
 
 @pytest.mark.parametrize("with_text", [False, True])
@@ -588,7 +591,9 @@ def test_embed_reads_rows_and_decode_finds_them_again():
 
 @pytest.mark.parametrize("embedding", ["literal", "unit"])
 def test_only_the_literal_reading_gains_from_shrinking_the_embedding(model, embedding):
-    """A network that always points at 0 has error |E[y]|^2 / (1 - tau)^2: it vanishes with E unless the rows' scale is fixed."""
+    """A network that always points at 0 has error |E[y]|^2 / (1 - tau)^2: it vanishes with E unless
+    the rows' scale is fixed.
+    """
     model = copy.deepcopy(model)
     model.config = Config(**(TINY | dict(embedding=embedding)))
     model.forward = lambda z_v, z_t, tau_v, tau_t, c: (
@@ -941,7 +946,9 @@ def test_the_loss_with_text_reaches_every_parameter(text_output, anchor):
 
 @pytest.mark.parametrize("embedding", ["unit", "literal"])
 def test_the_embeddings_gradient_is_the_derivative_of_the_loss(embedding):
-    """The rows enter through the network's input, the target and the anchor; all three paths carry gradient."""
+    """The rows enter through the network's input, the target and the anchor; all three paths carry
+    gradient.
+    """
     model = build(embedding=embedding)
     z_v1, y, c = data(3)
     E = model.token_embedding.weight
@@ -979,13 +986,15 @@ def test_the_plain_generator_loss_reaches_all_of_wan_and_nothing_of_the_text():
     )
 
 
-# ---------------------------------------------------------------- the samplers, on the exact velocity of a Gaussian
+# ---------------- the samplers, on the exact velocity of a Gaussian
 
 MU_V, S_V, MU_T, S_T = 0.7, 0.5, -0.4, 0.8
 
 
 def gaussian_velocity(z, tau, mu, s):
-    """E[z1 - z0 | z] for z0 ~ N(0, 1), z1 ~ N(mu, s^2). Following it carries z0 exactly to mu + s z0."""
+    """E[z1 - z0 | z] for z0 ~ N(0, 1), z1 ~ N(mu, s^2). Following it carries z0 exactly to mu + s
+    z0.
+    """
     tau = tau.double().view(-1, *[1] * (z.ndim - 1))
     return mu + (tau * s**2 - (1 - tau)) / ((1 - tau) ** 2 + tau**2 * s**2) * (z - tau * mu)
 
@@ -1000,7 +1009,9 @@ SHAPE, B = (3, 2, 4, 4), 40
 
 
 def run(mode, spy, steps, seed=0, **options):
-    """One sampler on B samples in float64. Returns {"v" or "t": (noise it began with, data it ended with)}."""
+    """One sampler on B samples in float64. Returns {"v" or "t": (noise it began with, data it ended
+    with)}.
+    """
     c, y = torch.zeros(B, 4, 10, dtype=torch.float64), torch.arange(B * 5).view(B, 5) % 11
     z_v = torch.full((B, *SHAPE), 0.25, dtype=torch.float64)
     options |= dict(steps=steps, generator=seeded(seed))
@@ -1130,7 +1141,9 @@ def test_samplers_decode_the_text_they_end_with_and_length_sets_its_size():
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("text_flow", ["embedding", "discrete"])
 def test_a_remembered_video_is_exact_where_it_cannot_see_the_text(text_flow, guidance):
-    """In the first block the video's keys and values depend on the video alone: a model of one block loses nothing."""
+    """In the first block the video's keys and values depend on the video alone: a model of one
+    block loses nothing.
+    """
     found = []
     for reuse in (False, True):
         one = build(
@@ -1193,7 +1206,7 @@ def test_impossible_grids_are_refused_with_the_number(steps, shift):
         clock_grid(steps, shift)
 
 
-# ---------------------------------------------------------------- a text head that predicts the data point
+# ---------------- a text head that predicts the data point
 
 
 def test_x1_output_implies_the_velocity_towards_it_and_is_clamped_near_data():
@@ -1243,7 +1256,9 @@ class Recorder:
 
 
 def guided(model, mode, w, c_null=None):
-    """One Euler step from 0 to 1 of a sampler; returns the recorded calls and the (z_v, z_t) it ends with, None for a condition."""
+    """One Euler step from 0 to 1 of a sampler; returns the recorded calls and the (z_v, z_t) it
+    ends with, None for a condition.
+    """
     recorder, ends = Recorder(model), []
     z_v, _, _, _, c = inputs()
     options = dict(

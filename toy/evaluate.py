@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from engine.files import write_json
+from engine.files import atomic, write_json
 from engine.video import to_pixels, write_gif
 from engine.world import Evaluation
 from univigu import generate, joint, understand, uni_flow_loss
@@ -306,13 +306,15 @@ def contact_sheet(found, clips=4, zoom=3):
 
 def write_pictures(found, out):
     """Writes samples.png and a GIF for each mode. Returns GIF -> the text that belongs to it."""
-    contact_sheet(found).save(out / "samples.png")
+    with atomic(out / "samples.png") as part:
+        contact_sheet(found).save(part)
     pictures = {"generate.gif": (found.drawn, found.wanted)}
     if found.captions:
         pictures["understand.gif"] = found.frames, found.captions
         pictures["joint.gif"] = found.joint_frames, found.joint_captions
     for name, (videos, _) in pictures.items():
-        write_gif(out / name, to_pixels(videos[0]), fps=8, zoom=8, hold_ms=800)
+        with atomic(out / name) as part:
+            write_gif(part, to_pixels(videos[0]), fps=8, zoom=8, hold_ms=800)
     return {name: texts[0] for name, (_, texts) in pictures.items()}
 
 

@@ -14,13 +14,12 @@ What was found is computed, never written here: see toy/claims.py. A claim is su
 its checks hold, not supported where none does, else mixed.
 """
 
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-from engine.files import one_line, write_json
+from engine.files import check_folder, one_line, write_json
 from engine.options import Parser, run_command
 
 from .claims import BASE, EXPERIMENTS, MARGIN, Check, Experiment, from_generator
@@ -185,13 +184,8 @@ def different_seeds(text):
 
 def writable_folder(out):
     """Makes a folder, if it is not there."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"out is {out}, wanted a folder that can be made"
-        raise ValueError(f"{found}: {error.strerror}") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise ValueError(f"out is {out}, wanted a folder that can be written to")
+    check_folder(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
     return out
 
 

@@ -30,8 +30,8 @@ import torch
 import train
 from engine.cost import PEAK, forward_flops, video_tokens
 from engine.distributed import Machine, parallelise, preferred_attention
-from engine.files import write_json
-from engine.options import Parser, Run, integers, run_command
+from engine.files import check_writable, write_json
+from engine.options import Parser, Run, fail, integers, number, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
 
 TOY = (
@@ -240,21 +240,32 @@ def make_parser():
     preset = "sizes to start from (default: %(default)s)"
     add("--preset", default="wan-1.3b", choices=list(PRESETS), help=preset)
     for name in SIZES:
-        add("--" + name.replace("_", "-"), type=int, help="as in train.py")
+        add("--" + name.replace("_", "-"), type=number(int, 1, 10**6), help="as in train.py")
     latent = "channels, frames, rows, columns of the latent (default: 16,21,60,104)"
     add("--latent", type=integers, default=(16, 21, 60, 104), help=latent)
-    add("--batch", type=int, default=1, help="clips (default: 1)")
-    add("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
+    add("--batch", type=number(int, 1, 10**6), default=1, help="clips (default: 1)")
+    add("--repeats", type=number(int, 1, 10**6), default=5, help="timed runs of each (default: 5)")
     recompute = ("none", "keep-attention", "full")
     add("--recompute", default="none", choices=recompute, help="as in train.py")
     caption = "instead: a caption in so many steps, the video's tokens run in each, or in the "
     caption += "first alone"
-    add("--understand", type=int, default=0, metavar="STEPS", help=caption)
+    add("--understand", type=number(int, 0, 10**4), default=0, metavar="STEPS", help=caption)
     add("--compile", action="store_true", help="compile the blocks, ours and diffusers'")
     precision = ("auto", "fp32", "bf16")
     add("--precision", default="auto", choices=precision, help="as in train.py")
     add("--out", help="file.json that gets the figures, too")
     return parser
+
+
+def check_latent(latent, config):
+    """Raises ValueError for a latent that the model cannot take."""
+    sizes = latent[1:]
+    whole = len(sizes) == 3 and all(s > 0 and s % p == 0 for s, p in zip(sizes, config.patch_size))
+    if not whole or latent[0] != config.in_dim:
+        raise ValueError(
+            f"--latent is {','.join(map(str, latent))}, wanted {config.in_dim} channels, and "
+            f"frames, rows and columns that are multiples of {config.patch_size}"
+        )
 
 
 def main(argv=None):
@@ -265,6 +276,16 @@ def main(argv=None):
             "--understand times the model as it samples, found --compile or --recompute: "
             "leave them out"
         )
+    try:
+        if flags.out is not None:
+            check_writable(flags.out)
+        run_benchmark(flags, argv)
+    except (ValueError, OSError) as error:
+        fail("wan.bench", error)
+
+
+def run_benchmark(flags, argv):
+    """Times what the flags ask for, prints it and, with --out, stores it."""
     cuda = torch.cuda.is_available()
     bf16 = flags.precision == "bf16" or (flags.precision == "auto" and cuda)
     machine = Machine(torch.device("cuda" if cuda else "cpu"), bf16, flags.compile, 0, 1)
@@ -281,6 +302,7 @@ def main(argv=None):
         found["toy"] = toy()
         print_toy(found["toy"])
     else:
+        check_latent(flags.latent, config)
         n_v, n_t = video_tokens(config, flags.latent), config.text_len
         compiled = "compiled" if flags.compile else "eager"
         kind = f"{'bf16 autocast' if bf16 else 'fp32'}, {compiled}, recompute {flags.recompute}"

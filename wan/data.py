@@ -107,7 +107,9 @@ class World:
         found = {**vars(config), "latents": latents_of(config)}
         for name, value in wanted.items():
             if found[name] != value:
-                raise ValueError(f"{name} is {found[name]}, but the data {self.source} has {value}")
+                raise ValueError(
+                    f"{name} is {found[name]}, wanted {value}, as the data {self.source} has"
+                )
         for _, *grid in self.shapes:
             if any(size % patch for size, patch in zip(grid, config.patch_size)):
                 raise ValueError(

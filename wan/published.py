@@ -189,12 +189,15 @@ def config_from(values):
     Reads older config.json files, too. Raises ValueError for an unknown text_flow, for a value out
     of range, and for raw latents with the paper's text flow.
     """
-    flow, latents = values.get("text_flow", Config.text_flow), values.get("latents", "normalised")
+    flow = values.get("text_flow", Config.text_flow)
     if flow not in MODELS:
         raise ValueError(f"text_flow is {flow!r}, wanted one of {', '.join(MODELS)}")
     cls, _ = MODELS[flow]
-    if cls is Config and latents != "normalised":
-        raise ValueError(f"latents is {latents!r}, wanted 'normalised' for text_flow 'embedding'")
+    for f in fields(PublishedConfig):
+        if not hasattr(cls, f.name) and values.get(f.name, f.default) != f.default:
+            raise ValueError(
+                f"{f.name} is {values[f.name]!r}, wanted {f.default!r}, or --text-flow discrete"
+            )
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 

@@ -79,7 +79,15 @@ class Found:
     unexpected: list[str]  # its names that the layout does not have
 
 
-def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **overrides):
+def load(
+    path_or_hub_id,
+    *,
+    base=None,
+    dtype=torch.float32,
+    device="cpu",
+    make_model=build,
+    **overrides,
+):
     """A checkpoint in any of the four layouts -> its model on `device`: UniViGU, or
     PublishedUniViGU. Memory peaks at about one copy.
 
@@ -88,7 +96,8 @@ def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **over
     PRESETS["wan-1.3b"] (text_ffn_dim: dim). base: the Wan2.1 checkpoint, path or hub id, that
     supplies what a published .pth lacks of the video model. dtype: of the parameters; norms,
     modulation tables and the networks of the clocks stay in fp32, as Wan computes with them.
-    overrides: fields of Config that the checkpoint does not decide.
+    make_model: config -> the model that gets the weights. overrides: fields of Config that the
+    checkpoint does not decide.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError for one that is damaged, holds
     more than tensors, is no text-to-video Wan, or does not fit: then missing, unexpected and
@@ -99,7 +108,7 @@ def load(path_or_hub_id, *, base=None, dtype=torch.float32, device="cpu", **over
         raise ValueError(f"dtype is {dtype!r}, wanted a floating-point torch.dtype")
     found, config = inspect_checkpoint(path_or_hub_id, base, overrides)
     with torch.device("meta"):
-        model = build(config)
+        model = make_model(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     dtypes = {name: torch.float32 if FP32.search(name) else dtype for name in shapes}
     new = [name for name in shapes if found.layout in CLASSES and model.is_text(name)]
