@@ -480,7 +480,7 @@ def test_generate_with_bad_prompts_and_flags(flags, words, run, refused, tmp_pat
         ("--resume --out empty", "--resume no checkpoint empty wanted"),
         ("--resume --out half", "--resume no checkpoint half wanted"),
         ("--out file/below", "file/below Not a directory"),
-        ("--out loop", "loop File exists"),
+        ("--out loop", "loop wanted a folder symbolic links"),
         ("--out notes", "notes/recall is no checkpoint"),
         ("--out results", "results results.json no checkpoint --overwrite"),
         ("--out=", "out '' wanted"),

@@ -845,7 +845,14 @@ def test_an_out_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatch)
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert str(tmp_path / "file") in refused(capsys, *TINY, "--out", out)
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    mkdir = os.mkdir
+
+    def locked(path, *mode):  # root may write everywhere
+        if Path(path).parent == tmp_path / "locked":
+            raise PermissionError(13, "Permission denied")
+        mkdir(path, *mode)
+
+    monkeypatch.setattr("os.mkdir", locked)
     assert "locked" in refused(capsys, *TINY, "--out", tmp_path / "locked")
     assert contents(tmp_path) == {"file": b"mine"}
 

@@ -404,7 +404,7 @@ def test_a_short_video_is_refused_with_its_number_of_frames(path, tmp_path, caps
 def test_data_of_another_size_are_refused(path, tmp_path):
     with pytest.raises(SystemExit) as end:
         trained(path / "data", tmp_path / "run")  # the toy's preset, without --init
-    assert "in_dim is 24" in str(end.value.code) and "has 16" in str(end.value.code)
+    assert "in_dim is 24" in str(end.value.code) and "wanted 16" in str(end.value.code)
 
 
 def test_the_path_takes_under_two_minutes(path):
