@@ -233,7 +233,9 @@ def test_the_guess_is_the_data_that_the_velocity_points_at(made, monkeypatch):
         for step in steps[:-1]:
             guided = 14 * (1 - step.tau_v) if guidance == 3 else 0.0  # v_cond + 2 (v_cond - v_null)
             torch.testing.assert_close(step.z_v1_hat, z_v1 - guided, atol=1e-4, rtol=1e-4)
-            if guidance == 3:
+            if guidance == 3:  # the text's null pass is the third one
+                z_t1_hat = z_t1 - 28 * (1 - step.tau_t)
+                assert step.y_hat.equal(model.decode(z_t1_hat)[0])
                 continue
             assert step.y_hat.equal(batch["caption"][0]) and min(step.sure) > 0.999
         first, second = steps[0], steps[1]

@@ -375,7 +375,7 @@ def another_world(folder):
         (cut("train.json"), "cannot be read"),
         (change("config.json", dim=48), "mis-shaped"),
         (change("config.json", num_layers=2), "missing: blocks.1"),
-        (change("config.json", num_heads=5), "num_heads"),
+        (change("config.json", num_heads=5), "dim / num_heads is 24 / 5"),
         (remove("world.json"), "world.json"),
         (change("world.json", world="films"), "'films'"),
         (drop_a_tensor, "head_t.head.bias"),

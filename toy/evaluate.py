@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+# Not `from . import`, which would name toy/__init__.py, and that imports this file.
+import toy.oracle as oracle
+import toy.shapes as shapes
+import toy.words as words
 from engine.files import atomic, write_json
 from engine.video import to_pixels, write_gif
 from engine.world import Evaluation
 from univigu import generate, joint, understand, uni_flow_loss
-
-from . import oracle, shapes, words
 
 # How each mode samples unless told otherwise. In joint() the text's clock runs ahead and the video
 # follows: they agree more so than on the line that training walks.

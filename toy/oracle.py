@@ -3,7 +3,8 @@
 import torch
 from einops import einsum, rearrange, reduce
 
-from . import shapes
+import toy.shapes as shapes
+
 from .shapes import ATTRIBUTES, BACKGROUND, COLOUR, DIRECTION, RADIUS, SPEED, START, H, T, W
 
 NEAR = 7  # pixels: no shape reaches further from its centre, whatever blur or a wavering path adds

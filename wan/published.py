@@ -207,11 +207,6 @@ def build(config):
     return model(config)
 
 
-def model_class(config):
-    """The class of the model that a config is for."""
-    return MODELS[config.text_flow][1]
-
-
 def latents_of(config):
     """The video latents that a model wants: "normalised", or "raw" as the published weights'."""
     return getattr(config, "latents", "normalised")
