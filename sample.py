@@ -22,6 +22,11 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from engine.threads import bound_spinning
+
+if __name__ == "__main__":
+    bound_spinning()
+
 import torch
 import torch.nn.functional as F
 

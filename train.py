@@ -20,6 +20,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from engine.threads import bound_spinning
+
+if __name__ == "__main__":
+    bound_spinning()
+
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -29,7 +34,7 @@ from engine import checkpoint, cost, distributed, pages
 from engine.checkpoint import Average, Saver, checkpoints
 from engine.distributed import no_grad_sync
 from engine.files import append_line, read_json
-from engine.metrics import Log, Meter, tracker
+from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
 from engine.options import Run, add_flags, fail, pick, run_command, run_parser
 from univigu import PRESETS, Config, option, uni_flow_loss, validate
@@ -48,6 +53,7 @@ STAGES = {
 PAPER: dict = dict(
     clocks="independent",
     text_shift=1.0,
+    joint_shift=1.0,
     text_output="velocity",
     anchor=0.0,
     recall_optimizer="adam",
@@ -108,23 +114,23 @@ class Train:
         0, "seed of the weights, the clips, the noise and the evaluation", low=0, high=10**9
     )
     batch: int = option(64, "clips per step, over all processes", low=1, high=10**6)
-    generator_steps: int = steps(800, "steps of stage generator")
-    recall_steps: int = steps(200, "steps of stage recall")
-    refine_steps: int = steps(2600, "steps of stage refine")
-    generator_lr: float = rate(0.02, "peak learning rate of stage generator")
-    recall_lr: float = rate(0.02, "peak learning rate of stage recall")
-    refine_lr: float = rate(0.02, "peak learning rate of stage refine")
+    generator_steps: int = steps(200, "steps of stage generator")
+    recall_steps: int = steps(100, "steps of stage recall")
+    refine_steps: int = steps(1350, "steps of stage refine")
+    generator_lr: float = rate(0.06, "peak learning rate of stage generator")
+    recall_lr: float = rate(0.06, "peak learning rate of stage recall")
+    refine_lr: float = rate(0.06, "peak learning rate of stage refine")
     generator_optimizer: str = optimizer(
         "muon", "optimizer of stage generator: 'adam', or 'muon' for the blocks' matrices"
     )
     recall_optimizer: str = optimizer("muon", "optimizer of stage recall")
     refine_optimizer: str = optimizer("muon", "optimizer of stage refine")
-    adam_lr: float = rate(0.003, "with muon: peak learning rate of what Adam trains")
+    adam_lr: float = rate(0.006, "with muon: peak learning rate of what Adam trains")
     warmup: int = option(
         20, "steps over which a stage's learning rate rises from 0", low=0, high=10**9
     )
     decay: float = option(
-        0.5, "last part of a stage, over which its learning rate falls to 0", low=0, high=1
+        1.0, "last part of a stage, over which its learning rate falls to 0", low=0, high=1
     )
     clip: float = option(1.0, "largest norm of the gradient", low=1e-9, high=1e9)
     generator_clocks: str = option(
@@ -184,7 +190,7 @@ def make_optimizers(model, kind, lr, adam_lr, text=True):
     rest_lr = adam_lr if matrices else lr
     optimizers = [torch.optim.Adam(rest, lr=rest_lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=0.0))
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=0.0, ns_steps=3))
     for group in groups(optimizers):
         group["peak"] = group["lr"]
     return optimizers
@@ -242,6 +248,12 @@ class Trainer:
         """Seconds of training so far."""
         return self.before + time.time() - self.begin
 
+    def flops(self, stage):
+        """FLOPs of a step of a stage, for clips of the most frequent size."""
+        config = self.model.config
+        n_v, n_t = cost.video_tokens(config, self.world.shape), config.text_len
+        return 3 * self.train.batch * cost.forward_flops(config, n_v, n_t if STAGES[stage] else 0)
+
     def run_stages(self):
         """Trains what is left of the stages, then evaluates. Raises Stop when asked to end."""
         train, run, machine, first = self.train, self.run, self.machine, 0
@@ -251,6 +263,8 @@ class Trainer:
         if here:
             checkpoint.truncate_logs(run.out, self.step)
         distributed.wait_for_all(machine)
+        costs = [x for s in train.names() for x in [self.flops(s)] * train.of(s, "steps")]
+        self.estimate = Estimate(costs[self.step :])
         try:
             with tqdm(total=total, initial=self.step, disable=None if here else True) as bar:
                 for stage in train.names():
@@ -311,6 +325,8 @@ class Trainer:
                 self.average.update()
             bar.update()
             self.step = step + 1
+            if machine.rank == 0:
+                self.estimate.step()
             self.log_and_save(stage, self.step == end, optimizers, meter, log)
 
     def log_and_save(self, stage, ends, optimizers, meter, log):

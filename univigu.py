@@ -108,6 +108,8 @@ class Config:
                             choices=("unit", "literal"))
     text_shift: float = option(
         1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = paper's", low=1e-3, high=1000)
+    joint_shift: float = option(1.0, "the same where both clocks run together: 1 = eq. 18's one "
+                                "clock; below 1 the text runs ahead", low=1e-3, high=1000)
     gate_init: float = option(
         0.0, "added to the initial gates: 0 = Wan's, 1 learns faster from scratch", low=0, high=100)
 
@@ -133,7 +135,7 @@ class Config:
 _WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512,
                   vocab_size=256384, text_len=256, text_dim=64)
 PRESETS = {
-    "toy": Config(text_output="x1", text_shift=4.0, gate_init=1.0),
+    "toy": Config(text_output="x1", text_shift=4.0, joint_shift=0.03, gate_init=1.0),
     "wan-1.3b": Config(1536, 8960, num_heads=12, num_layers=30, text_ffn_dim=1536, **_WAN),
     "wan-14b": Config(5120, 13824, num_heads=40, num_layers=40, text_ffn_dim=5120, **_WAN),
 }
@@ -384,7 +386,9 @@ class EmbeddingFlow:
             z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
             logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5  # (B, N, V)
             ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
-        return (v_t - u_t).square().flatten(1).sum(1), ce
+        x1 = model.config.text_output == "x1"  # its velocity's error grows without bound near data
+        weight = ((1 - tau_t) / (1 - tau_t).clamp(min=0.25)).square() if x1 else 1
+        return weight * (v_t - u_t).square().flatten(1).sum(1), ce
 
     def step(self, z_t, v_t, tau, tau_next, generator=None):
         """One Euler step from clock tau to clock tau_next."""
@@ -535,7 +539,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
         """The text head's output -> v_t. A predicted data point implies the velocity to it."""
         if self.config.text_output == "velocity":
             return out
-        return (out - z_t) / per_sample((1 - tau_t).clamp(min=0.05), z_t)  # bounded near data
+        return (out - z_t) / per_sample((1 - tau_t).clamp(min=1e-4), z_t)  # 0 / 0 at clean text
 
     def text_alone(self, z_t, tau_t, memory):
         """v_t (B, N, d) at another z_t and tau_t, computing the text's tokens alone. Video and
@@ -551,33 +555,35 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 # The samplers walk three lines of the (tau_v, tau_t) square, which independent clocks almost never
 # hit. So clocks="mixture" gives each line, and the whole square, a (share of the batch, prompt
 # dropout). None is the caller's p_drop; a high one makes the model read the video, not the prompt.
-MIXTURE = {"understand": (0.25, None), "generate": (0.40, 0.1), "joint": (0.25, 0.1),
-           "independent": (0.10, None)}
+MIXTURE = {"understand": (0.20, None), "generate": (0.35, 0.1), "joint": (0.40, 0.1),
+           "independent": (0.05, None)}
 
 # Both clocks of a batch, which losses count (a clean modality has nothing to learn), and which
 # prompts stay; (B,) each.
 Clocks = namedtuple("Clocks", "tau_v tau_t loss_mask_v loss_mask_t keep_prompt")
 
 
-def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixture=MIXTURE):
-    """Draws both clocks of a batch. Each sample has its own coin for dropping its prompt.
+def sample_clocks(kind, batch, text_shift=1.0, joint_shift=1.0, p_drop=0.0, generator=None,
+                  mixture=MIXTURE):
+    """Draws both clocks of a batch, and each sample's coin for dropping its prompt.
 
-    kind: "independent", the paper's if text_shift is 1; "logit-normal", tau_v mostly from .2 to .7,
-    where content is decided, for a generator from scratch; "mixture", lines with shares and prompt
-    dropout. p_drop in [0, 1]. Raises ValueError for other kinds.
+    kind: "independent", the paper's if text_shift is 1; "logit-normal", tau_v mostly from .3 to .7,
+    where content is decided; "mixture", lines with shares and prompt dropout. p_drop in [0, 1].
+    Raises ValueError for other kinds.
     """
     kinds = {"mixture": mixture} | {k: {k: (1.0, None)} for k in ("independent", "logit-normal")}
     if kind not in kinds:
         raise ValueError(f"clocks is {kind!r}, wanted one of {', '.join(kinds)}")
-    r_v, r_t, coin, r_line = torch.rand(4, batch, generator=generator)
-    one, zero, normal = torch.ones(batch), torch.zeros(batch), torch.special.ndtri(r_v) - 0.4
-    warped_v, warped_t = warp(r_v, text_shift), warp(r_t, text_shift)
-    lines = {  #                tau_v                  tau_t     video's loss  text's loss
-        "understand":   (one,                   warped_t, zero,         one),
-        "generate":     (r_v,                   one,      one,          zero),
-        "joint":        (r_v,                   warped_v, one,          one),
-        "independent":  (r_v,                   warped_t, one,          one),  # eq. 9
-        "logit-normal": (torch.sigmoid(normal), warped_t, one,          one),
+    order, r = torch.rand(2, 4, batch, generator=generator)
+    r_v, r_t, coin, r_line = (order.argsort(dim=-1) + r) / batch  # evenly spread over a batch
+    one, zero, normal = torch.ones(batch), torch.zeros(batch), torch.special.ndtri(r_v)
+    middle, ahead, warped = torch.sigmoid(normal), warp(r_v, joint_shift), warp(r_t, text_shift)
+    lines = {  #       tau_v   tau_t   video's loss  text's loss
+        "understand":   (one,    warped, zero,         one),
+        "generate":     (middle, one,    one,          zero),
+        "joint":        (r_v,    ahead,  one,          one),
+        "independent":  (r_v,    warped, one,          one),  # eq. 9
+        "logit-normal": (middle, warped, one,          one),
     }
     shares, drops = zip(*kinds[kind].values())
     line = torch.searchsorted(torch.tensor(shares).cumsum(0), r_line).clamp(max=len(shares) - 1)
@@ -602,12 +608,12 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t". With y None:
     the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape.
     """
-    b, device, flow = len(z_v1), z_v1.device, model.text_flow
+    b, device, flow, cfg = len(z_v1), z_v1.device, model.text_flow, model.config
     if y is None:
         clocks = "independent" if clocks == "mixture" else clocks  # without text there are no lines
     elif y.ndim != 2 or len(y) != b:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
-    drawn = sample_clocks(clocks, b, model.config.text_shift, p_drop, generator, mixture)
+    drawn = sample_clocks(clocks, b, cfg.text_shift, cfg.joint_shift, p_drop, generator, mixture)
     tau_v, tau_t, mask_v, mask_t, keep = (to_device(s, device) for s in drawn)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
@@ -621,7 +627,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     v_v, v_t = model(z_v, z_t, tau_v, tau_t, c)                    # eq. 10
     se_v = mask_v * (v_v - u_v).square().flatten(1).sum(1)         # (B,)
     se_t, ce = (mask_t * x for x in flow.loss(model, v_t, z_t, u_t, y, tau_t, anchor))  # (B,)
-    entries, patch = z_v1[0].numel(), math.prod(model.config.patch_size)
+    entries, patch = z_v1[0].numel(), math.prod(cfg.patch_size)
     tokens_v = entries / (z_v1.shape[1] * patch)                   # |z_v|
     lambda_t = tokens_v / y.shape[1] if lambda_t is None else lambda_t  # |z_v| / |z_t|
     total = (lambda_v * se_v + lambda_t * se_t).mean() / entries   # eq. 11
@@ -731,7 +737,7 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
     """Prompt -> video and text: both start as noise and both clocks run, each on its grid (eq. 18).
 
     c (B, at most L, prompt_dim); shape (C, F, H, W). shift warps the video's grid, text_shift the
-    text's (default: shift times the model's own; if that is 1, the single clock of eq. 18).
+    text's (default: shift times the model's joint_shift; if that is 1, eq. 18's single clock).
     guidance contrasts each modality with no prompt and pure noise in place of the other. callback:
     see understand. Returns z_v (B, C, F, H, W), y_hat (B, N). Raises as understand does.
     """
@@ -744,7 +750,7 @@ def joint(model, c, shape, *, steps=20, shift=1.0, text_shift=None, guidance=1.0
         no_c = torch.zeros_like(c) if c_null is None else c_null.expand_as(c)
         nulls = [dict(z_t=flow.noise(model, c, n, generator), tau_t=zero, c=no_c),  # v_v's
                  dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c)]          # v_t's
-    text_shift = shift * cfg.text_shift if text_shift is None else text_shift  # shifts multiply
+    text_shift = shift * cfg.joint_shift if text_shift is None else text_shift  # shifts multiply
     grid_v, grid_t = clock_grid(steps, shift), clock_grid(steps, text_shift)
     if callback:
         callback(0, grid_v[0], grid_t[0], z_v, z_t, None, None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from engine.cost import forward_flops, peak_flops, video_tokens
 from engine.files import append_line
@@ -119,6 +120,29 @@ class Log:
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
             self.track(numbers, line["step"])
         self.last, self.step, self.waited, self.tokens, self.flops = now, line["step"], 0.0, 0, 0
+
+
+class Estimate:
+    """Says, 50 steps into a call, how many minutes its training will take.
+
+    costs: of each step that is left, in any unit; those of other stages differ.
+    """
+
+    WATCHED = 20, 50  # of these steps the rate is taken: the first ones compile
+
+    def __init__(self, costs):
+        self.costs, self.begin, self.steps, self.since = costs, time.time(), 0, 0.0
+
+    def step(self):
+        """Called after each step; prints once."""
+        self.steps += 1
+        first, last = self.WATCHED
+        if self.steps == first:
+            self.since = time.time()
+        if self.steps == last:
+            now, watched = time.time(), sum(self.costs[first:last])
+            seconds = now - self.begin + sum(self.costs[last:]) * (now - self.since) / watched
+            tqdm.write(f"about {seconds / 60:.1f} minutes of training, and then the evaluation")
 
 
 def tracker(kind, out, options):

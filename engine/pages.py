@@ -82,8 +82,11 @@ def write_report(folder, shown, configuration):
 
     configuration: name -> value. shown: what else the world's evaluation has to show, each part
     only where there is one:
-        "accuracy": rows, dicts of name, seen, unseen, chance (shares), each (attribute -> share)
-            and clips
+        "accuracy": rows, dicts of name, seen, unseen, chance (shares), each (attribute -> share),
+            clips and, where there is one, reference: "seen" and "unseen" -> (mean, the lowest share
+            that is no worse)
+        "reference": stage -> "video" and "text" -> losses of reference runs, (steps into the
+            stage, lowest, highest)
         "confusion": attribute -> (its values, counts (values, values + 1)): a row is the truth, a
             column what was said, "nothing" last
         "gallery": dicts of mode, right (True, False or None: unknown), frames (3, T, H, W) in
@@ -100,7 +103,7 @@ def write_report(folder, shown, configuration):
 
 def report(metrics, results, shown, configuration):
     """The text of write_report's page."""
-    accuracy = shown.get("accuracy", [])
+    accuracy, reference = shown.get("accuracy", []), shown.get("reference", {})
     stages = groupby(metrics, lambda line: line["stage"])
     modes = groupby(shown.get("gallery", []), lambda entry: entry["mode"])
     # Without "out": the page lies there, or where the folder was moved to.
@@ -109,11 +112,12 @@ def report(metrics, results, shown, configuration):
         title=f"Uni-ViGU: {configuration.get('data')}, seed {configuration.get('seed')}",
         about=facts(metrics, results),
         configuration=configuration,
+        banded=bool(reference),
         accuracy=accuracy,
         attributes=list(dict.fromkeys(name for row in accuracy for name in row["each"])),
         losses=results.get("loss", {}),
         held_out=results.get("split") != "train",
-        curves=[curve(stage, list(lines)) for stage, lines in stages],
+        curves=[curve(stage, list(lines), reference.get(stage, {})) for stage, lines in stages],
         confusions=[confusion(name, *found) for name, found in shown.get("confusion", {}).items()],
         gallery={mode: [clip(entry) for entry in entries] for mode, entries in modes},
     )
@@ -144,10 +148,11 @@ def wilson(share, n):
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def curve(stage, lines):
+def curve(stage, lines, reference):
     """A stage's losses as lines in a box of 300 x 170 at (44, 10), on a logarithmic scale.
 
-    Neighbours are averaged where there are over 300 points.
+    Neighbours are averaged where there are over 300 points. reference: see write_report; a band as
+    far as the stage goes.
     """
     group, begin, end = math.ceil(len(lines) / 300), lines[0]["step"], lines[-1]["step"]
     points = {}
@@ -156,7 +161,12 @@ def curve(stage, lines):
         groups = [found[i : i + group] for i in range(0, len(found), group)]
         if groups:
             points[name] = [tuple(sum(x) / len(x) for x in zip(*near)) for near in groups]
+    bands = {}
+    for name in points:
+        known = [(begin + x, *losses) for x, *losses in reference.get(name, [])]
+        bands[name] = [point for point in known if point[0] <= end and point[1] > 0]
     values = [y for line in points.values() for _, y in line] or [1]
+    values += [y for known in bands.values() for _, *losses in known for y in losses]
     low, high = math.log10(min(values)) - 0.05, math.log10(max(values)) + 0.05
 
     def at(x, y):
@@ -169,7 +179,10 @@ def curve(stage, lines):
     drawn = []
     for name, line in points.items():
         first, last = (f"{y:.3g}" for _, y in (line[0], line[-1]))
-        drawn.append({"name": name, "points": [at(*p) for p in line], "first": first, "last": last})
+        upper = [at(x, high) for x, _, high in bands[name]]
+        lower = [at(x, low) for x, low, _ in reversed(bands[name])]
+        drawn.append({"name": name, "points": [at(*p) for p in line], "band": upper + lower})
+        drawn[-1] |= {"first": first, "last": last}
     return {"stage": stage, "begin": begin, "end": end, "ticks": ticks, "lines": drawn}
 
 

@@ -1,5 +1,12 @@
 """The toy world: moving shapes, their words, a fixed codec, and an oracle that reads videos."""
 
+import sys
+
+from engine.threads import bound_spinning
+
+if sys.argv[0] == "-m":  # a program of this package is about to run
+    bound_spinning()
+
 from torch.utils.data import Dataset
 
 from . import evaluate as evaluation

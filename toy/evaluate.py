@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 # Not `from . import`, which would name toy/__init__.py, and that imports this file.
 import toy.oracle as oracle
+import toy.reference as reference
 import toy.shapes as shapes
 import toy.words as words
 from engine.files import atomic, write_json
@@ -18,16 +19,16 @@ from engine.video import to_pixels, write_gif
 from engine.world import Evaluation
 from univigu import generate, joint, understand, uni_flow_loss
 
-# How each mode samples unless told otherwise. In joint() the text's clock runs ahead and the video
-# follows: they agree more so than on the line that training walks.
+# How each mode samples unless told otherwise.
 SAMPLING = {
-    "understand": {"steps": 16, "guidance": 1.0, "reuse_video": True},
-    "generate": {"steps": 12, "guidance": 3.0},
-    "joint": {"steps": 24, "guidance": 3.0, "text_shift": 0.1},
+    "understand": {"steps": 2, "guidance": 1.0, "reuse_video": True},
+    "generate": {"steps": 8, "guidance": 2.0, "shift": 2.0},
+    "joint": {"steps": 8, "guidance": 3.0, "shift": 3.0},
 }
 ALL = tuple(shapes.ATTRIBUTES)
 BRIEF = shapes.COMBINED  # what a brief prompt asks for
 BATCH = 128
+SPLITS = (("seen", ""), ("unseen", "_unseen"))  # and what ends the names of its measures
 
 
 # ---------------------------------------------------------------- what a model makes of clips
@@ -180,7 +181,8 @@ def figures(results):
     """The figures a line per measure, as dicts.
 
     name; seen, unseen: of unseen clips of combinations that were trained on, and of others; chance;
-    each (attribute -> accuracy, seen); clips.
+    each (attribute -> accuracy, seen); clips; for a model of text, reference: (mean, lowest) of the
+    default run for "seen" and "unseen", see toy/reference.py.
     """
     measures = (
         ("understanding", "attribute_accuracy"),
@@ -189,8 +191,11 @@ def figures(results):
         ("joint", "agreement"),
         ("joint", "prompt_followed"),
     )
-    return [
-        {
+    rows = []
+    for mode, name in measures:
+        if mode not in results:
+            continue
+        row = {
             "name": f"{mode}.{name}",
             "seen": results[mode][name],
             "unseen": results[mode][name + "_unseen"],
@@ -198,19 +203,33 @@ def figures(results):
             "each": results[mode].get(f"{name}_each", {}),
             "clips": results["clips"],
         }
-        for mode, name in measures
-        if mode in results
-    ]
+        if "understanding" in results:
+            row["reference"] = {
+                split: reference.band(mode, name + suffix, results["clips"])
+                for split, suffix in SPLITS
+            }
+        rows.append(row)
+    return rows
 
 
 def table(results):
-    """Those figures as text."""
+    """Those figures as text; a share that is below the reference's band has a mark."""
+    rows = figures(results)
     heads = " ".join(f"{name:>10}" for name in ALL)
-    lines = [f"{'':32}{'seen':>8}{'unseen':>8}{'chance':>8}   {heads}"]
-    for row in figures(results):
+    lines = [f"{'':32}{'seen':>9}{'unseen':>9}{'reference':>15}{'chance':>8}   {heads}"]
+    for row in rows:
+        line, known = f"{row['name']:32}", row.get("reference", {})
+        for split, _ in SPLITS:
+            below = split in known and row[split] < known[split][1]
+            line += f"{row[split]:8.3f}{'*' if below else ' '}"
+        means = " / ".join(f"{known[split][0]:.3f}" for split, _ in SPLITS if known)
         each = " ".join(f"{value:10.3f}" for value in row["each"].values())
-        numbers = f"{row['seen']:8.3f}{row['unseen']:8.3f}{row['chance']:8.3f}"
-        lines.append(f"{row['name']:32}{numbers}   {each}")
+        lines.append(f"{line}{means:>15}{row['chance']:8.3f}   {each}")
+    if any("reference" in row for row in rows):
+        lines.append(
+            "reference: the default run, mean of three seeds, seen / unseen; * below its band of "
+            "two standard deviations"
+        )
     return "\n".join(lines)
 
 
@@ -329,7 +348,7 @@ def evaluate(model, world, out, clips, elapsed, has_text):
     begin, out = time.time(), Path(out)
     results = {"seed": world.seed, "clips": clips}
     shown = {}
-    for split, suffix in (("seen", ""), ("unseen", "_unseen")):
+    for split, suffix in SPLITS:
         found = sample_split(model, world, split, clips, has_text)
         comparisons = compare(found)
         measure(comparisons, suffix, results)
@@ -341,6 +360,8 @@ def evaluate(model, world, out, clips, elapsed, has_text):
             if captions := comparisons.get("understanding.attribute_accuracy"):
                 shown["confusion"] = confusion(captions.answers, captions.wanted)
     shown["accuracy"] = figures(results)
+    if has_text:
+        shown["reference"] = reference.curves()
 
     clip = shapes.render(world.dataset("seen").clips([0]))[0]
     np.save(out / "clip.npy", to_pixels(clip))  # the clip of understand.gif, for sample.py to read

@@ -114,24 +114,22 @@ def drawing_by_stage(run):
 
 
 def both(run, model=None, one_in=2, **sampling):
-    """joint() from prompts, on the line of the clocks that training walks.
+    """joint() from prompts, on the model's own line of the clocks.
 
     Returns what its captions say and what its videos show, (B, 7) each.
     """
     batch, _ = run.show(one_in=one_in)
-    sampling = SAMPLING["joint"] | {"text_shift": None, "generator": run.generator()} | sampling
+    sampling = SAMPLING["joint"] | {"generator": run.generator()} | sampling
     z_v, y_hat = joint(model or run.model, batch["c"], run.world.shape, **sampling)
     return said(run.world.tokenizer.decode(y_hat)), run.look(z_v)
 
 
 def agreement(run):
-    """Caption against video of joint(): on the line that training walks, and on the default one."""
+    """Caption against video of joint()."""
     written, shown = both(run, one_in=1)
-    ahead = both(run, one_in=1, text_shift=SAMPLING["joint"]["text_shift"])
     _, truth = run.show()
     return {
         "agreement": score(written, shown)[0],
-        "agreement, text ahead": score(*ahead)[0],
         "prompt followed": score(shown, truth, BRIEF)[0],
     }
 

@@ -3,5 +3,12 @@
 The codec and the data tools need requirements-wan.txt.
 """
 
+import sys
+
+from engine.threads import bound_spinning
+
+if sys.argv[0] == "-m":  # a program of this package is about to run
+    bound_spinning()
+
 from .data import World
 from .weights import config, export, find, is_wan, layout, load

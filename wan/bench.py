@@ -7,6 +7,7 @@
     python -m wan.bench --dim 512 ... --understand 50  a caption instead, its video computed once
                                                        or in every step
     python -m wan.bench --toy                          what makes the toy fast
+    python -m wan.bench --neighbour                    what another busy process costs it
 
 Both have the same shape, dtype and machine, and run in turn. Times are medians. A training step is
 forward, backward and Adam; MFU counts 3 forward passes (see engine.cost.forward_flops) against the
@@ -16,6 +17,7 @@ GPU's dense bf16 peak. The weights are random: only the speed is asked for.
 import dataclasses
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ from engine.files import check_writable, write_json
 from engine.options import Parser, Run, fail, integers, number, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
 
+ROOT, LOG = Path(__file__).parent.parent, "metrics.jsonl"
 TOY = (
     "",
     "--compile no",
@@ -208,6 +211,43 @@ def toy():
     return found
 
 
+def neighbour():
+    """Clips/s of trainings of the toy: alone, beside a process that never waits, two at once."""
+    return {
+        "alone": rates(),
+        "beside a busy process": rates(busy=1),
+        "two trainings at once": rates(trainings=2),
+    }
+
+
+def rates(trainings=1, busy=0):
+    """Clips/s of so many trainings that run at once, beside so many processes that never wait."""
+    command = [sys.executable, "train.py", *"--stages generator --generator-steps 120".split()]
+    command += "--eval-clips 0 --compile yes --log-every 10".split()
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder, str(i)) for i in range(trainings)]
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        try:
+            running = [
+                subprocess.Popen([*command, "--out", out], cwd=ROOT, stdout=subprocess.DEVNULL)
+                for out in outs
+            ]
+            if any(process.wait() for process in running):
+                raise OSError("a training failed, see above")
+        finally:
+            for process in others:
+                process.kill()
+        logs = [[json.loads(line) for line in (out / LOG).read_text().splitlines()] for out in outs]
+    return [statistics.median(line["samples_per_s"] for line in log[2:]) for log in logs]
+
+
+def print_neighbour(found):
+    (alone,) = found["alone"]
+    for name, of_each in found.items():
+        told = " + ".join(f"{rate:.0f}" for rate in of_each)
+        print(f"{name:24}{told:>10} clips/s, {sum(of_each) / alone:.0%} of alone")
+
+
 def print_toy(found):
     for changed, figures in found.items():
         rate, loss = figures["clips_per_s"], figures["loss"]
@@ -238,6 +278,11 @@ def make_parser():
     toy_help = "instead: how fast the toy trains, with one choice changed at a time"
     add("--toy", action="store_true", help=toy_help)
     preset = "sizes to start from (default: %(default)s)"
+    add(
+        "--neighbour",
+        action="store_true",
+        help="instead: how fast the toy trains alone, beside a busy process, and two at once",
+    )
     add("--preset", default="wan-1.3b", choices=list(PRESETS), help=preset)
     for name in SIZES:
         add("--" + name.replace("_", "-"), type=number(int, 1, 10**6), help="as in train.py")
@@ -298,7 +343,10 @@ def run_benchmark(flags, argv):
         "device": device,
         "torch": torch.__version__,
     }
-    if flags.toy:
+    if flags.neighbour:
+        found["neighbour"] = neighbour()
+        print_neighbour(found["neighbour"])
+    elif flags.toy:
         found["toy"] = toy()
         print_toy(found["toy"])
     else:

@@ -161,7 +161,7 @@ def _(
             dict(z_t=flow.noise(model, c, n, generator), tau_t=zero, c=no_c),
             dict(z_v=noise_like(z_v, generator), tau_v=zero, c=no_c),
         ]
-    text_shift = shift * model.config.text_shift if text_shift is None else text_shift
+    text_shift = shift * model.config.joint_shift if text_shift is None else text_shift
     grid_v, grid_t = clock_grid(steps, shift), clock_grid(steps, text_shift)
     if callback:
         callback(0, grid_v[0], grid_t[0], z_v, y_t, None, None)
@@ -193,6 +193,7 @@ def config_from(values):
     if flow not in MODELS:
         raise ValueError(f"text_flow is {flow!r}, wanted one of {', '.join(MODELS)}")
     cls, _ = MODELS[flow]
+    values = {"joint_shift": values.get("text_shift", 1.0)} | values  # older ones have one shift
     for f in fields(PublishedConfig):
         if not hasattr(cls, f.name) and values.get(f.name, f.default) != f.default:
             raise ValueError(
