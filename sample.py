@@ -22,10 +22,10 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from engine.threads import bound_spinning
+from engine.threads import spin_briefly_beside_others
 
 if __name__ == "__main__":
-    bound_spinning()
+    spin_briefly_beside_others()
 
 import torch
 import torch.nn.functional as F

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from engine.threads import bound_spinning
+from engine.threads import spin_briefly_beside_others
 
 if __name__ == "__main__":
-    bound_spinning()
+    spin_briefly_beside_others()
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -116,7 +116,7 @@ class Train:
     batch: int = option(64, "clips per step, over all processes", low=1, high=10**6)
     generator_steps: int = steps(200, "steps of stage generator")
     recall_steps: int = steps(100, "steps of stage recall")
-    refine_steps: int = steps(1350, "steps of stage refine")
+    refine_steps: int = steps(1500, "steps of stage refine")
     generator_lr: float = rate(0.06, "peak learning rate of stage generator")
     recall_lr: float = rate(0.06, "peak learning rate of stage recall")
     refine_lr: float = rate(0.06, "peak learning rate of stage refine")

@@ -27,10 +27,10 @@ Where this differs from the paper, or fills its silence:
        (embedding="literal") may shrink, since E -> 0 minimises the loss.
     2. A small cross-entropy, the anchor, keeps predictions near E's rows; anchor=0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"). The
-       loss stays on the velocity.
-    4. clocks="mixture" puts part of each batch on the lines of the (tau_v, tau_t) square that the
-       samplers walk, and text_shift warps the text's clock. clocks="independent" with
-       text_shift=1 is the paper's U(0, 1) x U(0, 1).
+       loss stays on the velocity, with less weight where tau_t is above .75.
+    4. clocks="mixture" puts most of a batch on the lines of the (tau_v, tau_t) square that the
+       samplers walk; text_shift and joint_shift warp the text's clock. clocks="independent" with
+       both shifts 1 is the paper's U(0, 1) x U(0, 1).
     5. The paper is silent on the text's positions, time embedder and head (here as published), and
        on guidance, shift and the initial gates (toy/results/README.md).
 """
@@ -108,8 +108,8 @@ class Config:
                             choices=("unit", "literal"))
     text_shift: float = option(
         1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = paper's", low=1e-3, high=1000)
-    joint_shift: float = option(1.0, "the same where both clocks run together: 1 = eq. 18's one "
-                                "clock; below 1 the text runs ahead", low=1e-3, high=1000)
+    joint_shift: float = option(
+        1.0, "the same where both run: 1 = eq. 18; below, text is ahead", low=1e-3, high=1000)
     gate_init: float = option(
         0.0, "added to the initial gates: 0 = Wan's, 1 learns faster from scratch", low=0, high=100)
 
@@ -386,7 +386,7 @@ class EmbeddingFlow:
             z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
             logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5  # (B, N, V)
             ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
-        x1 = model.config.text_output == "x1"  # its velocity's error grows without bound near data
+        x1 = model.config.text_output == "x1"  # near data its velocity's error has no bound
         weight = ((1 - tau_t) / (1 - tau_t).clamp(min=0.25)).square() if x1 else 1
         return weight * (v_t - u_t).square().flatten(1).sum(1), ce
 
@@ -552,33 +552,30 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 
 
 # -------------------------------------------------------- training: one loss for both flows
-# The samplers walk three lines of the (tau_v, tau_t) square, which independent clocks almost never
-# hit. So clocks="mixture" gives each line, and the whole square, a (share of the batch, prompt
-# dropout). None is the caller's p_drop; a high one makes the model read the video, not the prompt.
-MIXTURE = {"understand": (0.20, None), "generate": (0.35, 0.1), "joint": (0.40, 0.1),
+# Independent clocks almost never hit the lines that the samplers walk. "mixture" gives each line,
+# and the whole square, a (share of the batch, prompt dropout); None is the caller's p_drop.
+MIXTURE = {"understand": (0.25, None), "generate": (0.30, 0.1), "joint": (0.40, 0.1),
            "independent": (0.05, None)}
 
-# Both clocks of a batch, which losses count (a clean modality has nothing to learn), and which
-# prompts stay; (B,) each.
+# (B,) each: clocks, which losses count (clean data teach nothing), and which prompts stay.
 Clocks = namedtuple("Clocks", "tau_v tau_t loss_mask_v loss_mask_t keep_prompt")
 
 
-def sample_clocks(kind, batch, text_shift=1.0, joint_shift=1.0, p_drop=0.0, generator=None,
-                  mixture=MIXTURE):
-    """Draws both clocks of a batch, and each sample's coin for dropping its prompt.
+def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixture=MIXTURE,
+                  joint_shift=1.0):
+    """Draws both clocks of a batch, and each sample's coin for dropping its prompt (p_drop).
 
     kind: "independent", the paper's if text_shift is 1; "logit-normal", tau_v mostly from .3 to .7,
-    where content is decided; "mixture", lines with shares and prompt dropout. p_drop in [0, 1].
-    Raises ValueError for other kinds.
+    where content is decided; "mixture". Raises ValueError for other kinds.
     """
     kinds = {"mixture": mixture} | {k: {k: (1.0, None)} for k in ("independent", "logit-normal")}
     if kind not in kinds:
         raise ValueError(f"clocks is {kind!r}, wanted one of {', '.join(kinds)}")
     order, r = torch.rand(2, 4, batch, generator=generator)
     r_v, r_t, coin, r_line = (order.argsort(dim=-1) + r) / batch  # evenly spread over a batch
-    one, zero, normal = torch.ones(batch), torch.zeros(batch), torch.special.ndtri(r_v)
-    middle, ahead, warped = torch.sigmoid(normal), warp(r_v, joint_shift), warp(r_t, text_shift)
-    lines = {  #       tau_v   tau_t   video's loss  text's loss
+    one, zero, middle = torch.ones(batch), torch.zeros(batch), torch.special.ndtri(r_v).sigmoid()
+    ahead, warped = warp(r_v, joint_shift), warp(r_t, text_shift)
+    lines = {  #          tau_v   tau_t   video's loss  text's loss
         "understand":   (one,    warped, zero,         one),
         "generate":     (middle, one,    one,          zero),
         "joint":        (r_v,    ahead,  one,          one),
@@ -599,9 +596,8 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
 
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain
     video generator (eq. 2); c (B, at most L, prompt_dim) prompts, replaced by c_null (default:
-    zeros) with probability p_drop, or that of the line. clocks, mixture: see sample_clocks; without
-    text, "mixture" is "independent". lambda_t None = |z_v| / |z_t|, of tokens. anchor: weight of
-    the cross-entropy that keeps predictions near E's rows (0 = the paper). generator: on the CPU.
+    zeros) with probability p_drop, or that of the line. clocks, mixture: see sample_clocks.
+    lambda_t None = |z_v| / |z_t|. anchor: weight of the cross-entropy to E's rows (0 = the paper).
 
     Returns a scalar, eq. 11 divided by the number of entries of a latent, plus the anchor; and a
     dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's
@@ -613,7 +609,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
         clocks = "independent" if clocks == "mixture" else clocks  # without text there are no lines
     elif y.ndim != 2 or len(y) != b:
         raise ValueError(f"y has shape {tuple(y.shape)}, wanted ({b}, N)")
-    drawn = sample_clocks(clocks, b, cfg.text_shift, cfg.joint_shift, p_drop, generator, mixture)
+    drawn = sample_clocks(clocks, b, cfg.text_shift, p_drop, generator, mixture, cfg.joint_shift)
     tau_v, tau_t, mask_v, mask_t, keep = (to_device(s, device) for s in drawn)
     c = torch.where(per_sample(keep, c) > 0, c, torch.zeros_like(c) if c_null is None else c_null)
 
@@ -654,8 +650,7 @@ def with_nulls(point, *nulls):
 def guide(v, guidance, passes=2, null=1):
     """Guidance: v_null + guidance (v_cond - v_null); 1 = conditional, 0 = unconditional.
 
-    v: the velocities of all passes of with_nulls; null: which of them is the unconditional one. In
-    it another modality is pure noise (its clock at 0), which says nothing about this one.
+    v: the velocities of with_nulls's passes; null: the one where another modality is pure noise.
     """
     if guidance == 1:
         return v
@@ -670,11 +665,11 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
 
     z_v (B, C, F, H, W) clean latents; c (B, at most L, prompt_dim), or None for no prompt. length N
     and shift: the model's own by default. guidance contrasts with a video of pure noise.
-    reuse_video: the first step's keys and values of video and prompt are kept (a KV cache), and
-    later steps compute the text's tokens alone. It is an approximation: the video's keys depend
-    on the text, which changes. callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state after k =
-    0, 1, ... steps, and the velocities that led there (None at k = 0, and for what is given).
-    Returns y_hat (B, N) int64. Raises ValueError for steps < 1, shift <= 0, shapes that do not fit.
+    reuse_video: the first step's keys and values of video and prompt are kept (a KV cache), later
+    steps compute the text alone: an approximation, since the video's keys depend on the text.
+    callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state after k = 0, 1, ... steps, and the
+    velocities that led there (None at k = 0, and for what is given). Returns y_hat (B, N) int64.
+    Raises ValueError for steps < 1, shift <= 0, shapes that do not fit.
     """
     cfg, b, flow, memory = model.config, len(z_v), model.text_flow, None
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c

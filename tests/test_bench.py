@@ -66,3 +66,20 @@ def test_the_toys_speed_is_that_of_its_log(tmp_path, capsys, monkeypatch, one_co
         of["clips_per_s"] > 0 and of["loss"] > 0 for of in found.values()
     )
     assert f"{found['']['clips_per_s']:.0f} clips/s" in capsys.readouterr().out
+
+
+def test_the_neighbours_cost_is_told_against_the_rate_alone(monkeypatch, capsys, tmp_path):
+    calls = {(1, 0): [400.0], (1, 1): [200.0], (2, 0): [150.0, 170.0]}
+    monkeypatch.setattr(bench, "rates", lambda trainings=1, busy=0: calls[trainings, busy])
+    bench.main(["--neighbour", "--out", str(tmp_path / "n.json")])
+    told = capsys.readouterr().out
+    assert "200 clips/s, 50% of alone" in told and "150 + 170 clips/s, 80% of alone" in told
+    assert json.loads((tmp_path / "n.json").read_text())["neighbour"]["alone"] == [400.0]
+
+
+@pytest.mark.slow
+def test_trainings_are_timed_beside_a_busy_process(monkeypatch):
+    """No bound on the rate: a machine of CI has neighbours of its own."""
+    monkeypatch.setattr(bench, "STEPS", "--generator-steps 40 --batch 8 --log-every 10")
+    (rate,) = bench.rates(busy=1)
+    assert rate > 0

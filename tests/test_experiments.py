@@ -114,9 +114,9 @@ def test_losses_and_data_of_variants_are_what_they_say():
 
     mixture = OF["one clock"].loss.keywords["mixture"]
     tau_v, tau_t, loss_mask_v, loss_mask_t, keep = univigu.sample_clocks(
-        "mixture", 1000, 4.0, 0.5, mixture=mixture
+        "mixture", 1000, 4.0, 0.5, mixture=mixture, joint_shift=0.5
     )
-    assert torch.equal(tau_t, univigu.warp(tau_v, 4.0))
+    assert torch.equal(tau_t, univigu.warp(tau_v, 0.5))
     assert loss_mask_v.all() and loss_mask_t.all() and 400 < keep.sum() < 600
 
     mixture = OF["p 1"].loss.keywords["mixture"]

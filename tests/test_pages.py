@@ -664,6 +664,28 @@ def test_long_and_odd_logs_are_drawn():
     assert "<polyline" in pages.report(lines[:1], {}, {}, {})
 
 
+def test_a_reference_is_a_band_behind_the_curve_as_far_as_the_run_goes():
+    lines = [{"step": 120 + i, "stage": "refine", "video": 0.5, "text": 0.1} for i in (0, 20, 40)]
+    band = [(0, 0.25, 1.0), (20, 0.2, 0.9), (40, 0.1, 0.8), (60, 0.01, 0.02)]  # 60: beyond its end
+    text = pages.report(lines, {}, {"reference": {"refine": {"video": band}}}, {})
+    (drawn,) = re.findall(r'<polygon points="(.*?)"', text, re.S)
+    points = [tuple(map(float, point.split(","))) for point in drawn.split()]
+    assert len(points) == 6 and points[0][0] == points[5][0] == 44 and points[2][0] == 344
+    assert points[5][1] - points[0][1] > 0  # lower on the page is a smaller loss
+    (line,) = re.findall(r'<polyline points="(.*?)".*?var\(--video\)', text, re.S)
+    _, y = map(float, line.split()[0].split(","))
+    assert points[0][1] < y < points[5][1]
+    assert "three runs of the" in text and "<polygon" not in pages.report(lines, {}, {}, {})
+
+
+def test_figures_below_the_reference_are_marked():
+    row = {"name": "x", "chance": 0.2, "each": {}, "clips": 512, "seen": 0.9, "unseen": 0.99}
+    known = {"seen": (0.98, 0.96), "unseen": (0.98, 0.96)}
+    text = pages.report([], {}, {"accuracy": [row | {"reference": known}]}, {})
+    assert text.count("▼</strong>") == 1 and text.count("reference 0.980") == 2
+    assert "reference" not in pages.report([], {}, {"accuracy": [row]}, {})
+
+
 def test_a_report_of_real_clips_stays_small():
     frames = torch.rand(3, 81, 48, 400, generator=torch.Generator().manual_seed(0)) * 2 - 1
     text = pages.report(

@@ -170,7 +170,10 @@ def trainings():
         ["trainings", sum(map(len, runs.values()))],
         ["their hours together", f"{hours:.1f}"],
         ["text steps of a short run", FULL.recall + FULL.refine],
-        ["text steps of a run of full length", f"{sum(FULL.default[1:]):,}"],
+        [
+            "text steps of a run of full length",
+            f"{sum(found('recall')['budget']['default'][1:]):,}",
+        ],
         ["seconds of a short run alone on both cores", f"{statistics.median(runs['scratch']):.0f}"],
         ["seconds of a short run beside another", f"{statistics.median(runs['base']):.0f}"],
         ['margin of "better"', f"{MARGIN:+}"],
@@ -367,7 +370,8 @@ def test_generated_tables_are_as_stored(document, table):
 
 
 def test_the_claims_are_judged_by_the_stored_numbers():
-    full = json.loads(json.dumps(vars(FULL)))
+    # of the default run that the experiments were made with, which was twice as long
+    full = json.loads(json.dumps(vars(FULL))) | {"default": [800, 200, 2600]}
     assert list(CLAIMS) == [experiment.name for experiment in EXPERIMENTS]
     for experiment in EXPERIMENTS:
         of = found(experiment.name)

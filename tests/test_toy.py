@@ -1,12 +1,14 @@
 """The toy world against closed forms: areas, positions, inverses, accuracies."""
 
+import json
 import math
+import statistics
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from toy import World, shapes, words
+from toy import World, evaluate, reference, shapes, words
 from toy.codec import DEVIATION, FIRST, GROUP, STRIDE, STRIDE_T, Codec, basis
 from toy.oracle import read
 
@@ -364,3 +366,42 @@ def test_dataset_batches(world):
     assert all(torch.equal(value, batch[name]) for name, value in next(iter(loader)).items())
     with pytest.raises(ValueError, match="split is 'val'"):
         world.dataset("val")
+
+
+# ---------------------------------------------------------------- the reference
+
+SEEDS = [json.loads((reference.FOLDER / f"seed{seed}.json").read_text()) for seed in (0, 1, 2)]
+LOGS = [
+    [json.loads(line) for line in (reference.FOLDER / f"seed{seed}.jsonl").read_text().splitlines()]
+    for seed in (0, 1, 2)
+]
+
+
+def test_the_references_band_is_two_deviations_of_seeds_or_of_clips():
+    shares = [results["joint"]["agreement"] for results in SEEDS]
+    mean, low = reference.band("joint", "agreement", 10**9)
+    assert mean == pytest.approx(statistics.fmean(shares))
+    assert low == pytest.approx(mean - 2 * statistics.stdev(shares))
+    mean, low = reference.band("joint", "agreement", 16)  # so few clips tell less than three seeds
+    assert low == pytest.approx(mean - 2 * (mean * (1 - mean) / 16) ** 0.5)
+
+
+def test_the_references_curves_hold_every_seeds_losses():
+    curves = reference.curves()
+    assert list(curves) == ["generator", "recall", "refine"]
+    assert list(curves["generator"]) == ["video"] and list(curves["refine"]) == ["video", "text"]
+    for log in LOGS:
+        lines = [line for line in log if line["stage"] == "refine"]
+        points = curves["refine"]["text"]
+        assert len(points) == len(lines) and points[0][0] == 0
+        assert all(low <= line["text"] <= high for line, (_, low, high) in zip(lines, points))
+
+
+def test_the_table_marks_what_is_below_the_reference():
+    results = json.loads(json.dumps(SEEDS[0]))
+    assert "*" not in evaluate.table(results).splitlines()[1]
+    results["understanding"]["attribute_accuracy_unseen"] = 0.5
+    line = evaluate.table(results).splitlines()[1]
+    assert "0.500*" in line and line.count("*") == 1
+    del results["understanding"], results["joint"]  # a generator has no reference
+    assert "reference:" not in evaluate.table(results)

@@ -22,7 +22,7 @@ from conftest import refusal
 from safetensors.torch import load_file
 
 import train
-from engine import checkpoint, files
+from engine import checkpoint, files, metrics
 from engine.checkpoint import Average, checkpoints
 from engine.metrics import Meter
 from engine.optim import Muon, orthogonalise
@@ -1175,3 +1175,21 @@ def test_twenty_kills_at_random_moments_never_cost_a_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) >= 3, "too few of the kills met a save"
+
+
+def test_the_estimate_counts_dearer_steps_and_leaves_compiling_out(monkeypatch, capsys):
+    """30 s of compiling and first steps, 1 s a step until 50, then steps of thrice the cost."""
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "time", lambda: now)
+    estimate = metrics.Estimate([2.0] * 60 + [6.0] * 40)
+    for step in range(100):
+        now += 31 if step == 0 else 1
+        estimate.step()
+    told = capsys.readouterr().out  # 80 s for 50 steps, 10 s, and 40 steps of 3 s
+    assert told == "about 3.5 minutes of training, and then the evaluation\n"
+
+
+def test_a_run_of_50_steps_tells_its_minutes_once(tmp_path, capsys):
+    flags = "--batch 4 --num-layers 1 --log-every 60 --eval-clips 0 --compile no --stages generator"
+    train.main([*flags.split(), "--generator-steps", "60", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.count("minutes of training, and then") == 1

@@ -2,10 +2,10 @@
 
 import sys
 
-from engine.threads import bound_spinning
+from engine.threads import spin_briefly_beside_others
 
 if sys.argv[0] == "-m":  # a program of this package is about to run
-    bound_spinning()
+    spin_briefly_beside_others()
 
 from torch.utils.data import Dataset
 

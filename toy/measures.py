@@ -125,11 +125,13 @@ def both(run, model=None, one_in=2, **sampling):
 
 
 def agreement(run):
-    """Caption against video of joint()."""
+    """Caption against video of joint(): on the model's own line, and with the text ahead."""
     written, shown = both(run, one_in=1)
+    ahead = both(run, one_in=1, shift=1.0, text_shift=0.1)
     _, truth = run.show()
     return {
         "agreement": score(written, shown)[0],
+        "agreement, text ahead": score(*ahead)[0],
         "prompt followed": score(shown, truth, BRIEF)[0],
     }
 
@@ -166,7 +168,7 @@ def coevolution(run, steps=24):
             numbers[f"agreement at @ {tau_v:.2f}"], _ = score(written, shown, FREE)
 
     usual = together(run, steps, guesses_agree)
-    apart = both(run, Apart(run.model, run.generator()), text_shift=1.0)
+    apart = both(run, Apart(run.model, run.generator()), shift=1.0, text_shift=1.0)
     numbers["agreement, apart"], _ = score(*apart, FREE)
 
     free = torch.tensor([name in FREE for name in ALL])  # (7,)
@@ -183,7 +185,7 @@ def coevolution(run, steps=24):
 
 def together(run, steps, callback):
     """What the captions and the videos of joint() say, with one clock for both."""
-    written, shown = both(run, steps=steps, text_shift=1.0, callback=callback)
+    written, shown = both(run, steps=steps, shift=1.0, text_shift=1.0, callback=callback)
     return {"text": written, "video": shown}
 
 

@@ -5,10 +5,10 @@ The codec and the data tools need requirements-wan.txt.
 
 import sys
 
-from engine.threads import bound_spinning
+from engine.threads import spin_briefly_beside_others
 
 if sys.argv[0] == "-m":  # a program of this package is about to run
-    bound_spinning()
+    spin_briefly_beside_others()
 
 from .data import World
 from .weights import config, export, find, is_wan, layout, load

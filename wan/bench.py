@@ -36,6 +36,7 @@ from engine.files import check_writable, write_json
 from engine.options import Parser, Run, fail, integers, number, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
 
+STEPS = "--generator-steps 120 --log-every 10"
 ROOT, LOG = Path(__file__).parent.parent, "metrics.jsonl"
 TOY = (
     "",
@@ -222,8 +223,8 @@ def neighbour():
 
 def rates(trainings=1, busy=0):
     """Clips/s of so many trainings that run at once, beside so many processes that never wait."""
-    command = [sys.executable, "train.py", *"--stages generator --generator-steps 120".split()]
-    command += "--eval-clips 0 --compile yes --log-every 10".split()
+    flags = f"--stages generator --eval-clips 0 --compile yes {STEPS}"
+    command = [sys.executable, "train.py", *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder, str(i)) for i in range(trainings)]
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]

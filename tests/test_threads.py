@@ -1,0 +1,75 @@
+"""Programs wait briefly for their threads where another process has a core, and only there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine import threads
+
+NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return os.environ
+
+
+@pytest.mark.parametrize("busy, wanted", [(0.0, None), (0.2, None), (1.0, threads.SHORT)])
+def test_waits_are_short_beside_a_busy_core_alone(environment, monkeypatch, busy, wanted):
+    monkeypatch.setattr(threads, "missing_cores", lambda: busy)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that what is set here goes away again
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    threads.spin_briefly_beside_others()
+    assert environment.get("GOMP_SPINCOUNT") == wanted
+
+
+@pytest.mark.parametrize("name, value", [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")])
+def test_what_the_user_has_set_wins(environment, monkeypatch, name, value):
+    monkeypatch.setattr(threads, "missing_cores", lambda: 2.0)
+    monkeypatch.setenv(name, value)
+    threads.spin_briefly_beside_others()
+    assert {name: environment.get(name) for name in NAMES if name in environment} == {name: value}
+
+
+@pytest.mark.parametrize("may_use, missing", [(4, 2.5), (1, 0.0)])
+def test_missing_cores_are_counted(monkeypatch, may_use, missing):
+    """In a second the machine was idle for 1.5."""
+    clock, idle = iter([10.0, 11.0]), iter([100.0, 101.5])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(threads, "idle_seconds", lambda: next(idle))
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(may_use))
+    assert threads.missing_cores() == pytest.approx(missing)
+
+
+def test_a_system_that_does_not_tell_counts_as_free(monkeypatch):
+    def nothing():
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(threads, "idle_seconds", nothing)
+    assert threads.missing_cores() == 0.0
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "-m toy.experiments"])
+def test_programs_ask_before_torch_is_loaded(program, tmp_path):
+    """Each one, started as a user does, with an engine.threads that says what was loaded."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, importlib.abc, importlib.util\n"
+        "class Watch(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('torch', 'engine.threads'):\n"
+        "            print('loads', name, file=sys.stderr)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *program.split(), "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    loads = [line for line in done.stderr.splitlines() if line.startswith("loads")]
+    assert done.returncode == 0 and loads[:2] == ["loads engine.threads", "loads torch"], loads
