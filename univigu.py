@@ -554,7 +554,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
 # -------------------------------------------------------- training: one loss for both flows
 # Independent clocks almost never hit the lines that the samplers walk. "mixture" gives each line,
 # and the whole square, a (share of the batch, prompt dropout); None is the caller's p_drop.
-MIXTURE = {"understand": (0.25, None), "generate": (0.30, 0.1), "joint": (0.40, 0.1),
+MIXTURE = {"understand": (0.20, None), "generate": (0.35, 0.1), "joint": (0.40, 0.1),
            "independent": (0.05, None)}
 
 # (B,) each: clocks, which losses count (clean data teach nothing), and which prompts stay.
