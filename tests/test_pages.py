@@ -41,6 +41,7 @@ SMALL = dict(
     freq_dim=16,
     text_output="velocity",
     text_shift=4.0,
+    joint_shift=0.5,
 )
 
 
@@ -159,11 +160,9 @@ def test_a_page_has_every_step_with_the_samplers_clocks_and_ends_with_its_output
     page = data(made / f"{mode}.html")
     steps, last = page["steps"], page["steps"][-1]
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
-    one, even, late, early = (
-        [1.0] * (STEPS + 1),
-        *(clock_grid(STEPS, shift) for shift in (1, 4.0, World.sampling["joint"]["text_shift"])),
-    )
-    clocks = {"understand": (one, late), "generate": (even, one), "joint": (even, early)}[mode]
+    one, shift = [1.0] * (STEPS + 1), World.sampling[mode].get("shift")
+    shifts = {"understand": (None, 4.0), "generate": (shift, None), "joint": (shift, 0.5 * shift)}
+    clocks = [one if s is None else clock_grid(STEPS, s) for s in shifts[mode]]
     assert [step["tau_v"] for step in steps] == pytest.approx(clocks[0]) and [
         step["tau_t"] for step in steps
     ] == pytest.approx(clocks[1])

@@ -232,6 +232,17 @@ def speed():
     return markdown(["", "clips/s", "loss after 120 steps"], rows)
 
 
+def neighbour():
+    """What `python -m wan.bench --neighbour` stored."""
+    of = stored("toy/results/bench-neighbour")["neighbour"]
+    (alone,) = of["alone"]
+    rows = []
+    for about, rates in of.items():
+        told = " + ".join(f"{rate:.0f}" for rate in rates)
+        rows.append([about, told, f"{sum(rates) / alone:.0%}"])
+    return markdown(["", "clips/s", "of alone"], rows)
+
+
 def settings():
     """The defaults of training on real data."""
     values = vars(train.Train()) | train.REAL
@@ -351,7 +362,7 @@ def forward():
 
 TABLES = {
     README: [pictures, results, forward],
-    TOY: [speed],
+    TOY: [speed, neighbour],
     RESULTS: [seeds, verdicts, claims, trainings, choices, reading],
     WAN: [settings, h100, steps, reuse],
 }
