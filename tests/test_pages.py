@@ -160,7 +160,7 @@ def test_a_page_has_every_step_with_the_samplers_clocks_and_ends_with_its_output
     page = data(made / f"{mode}.html")
     steps, last = page["steps"], page["steps"][-1]
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
-    one, shift = [1.0] * (STEPS + 1), World.sampling[mode].get("shift")
+    one, shift = [1.0] * (STEPS + 1), World.sampling[mode].get("shift", 1.0)
     shifts = {"understand": (None, 4.0), "generate": (shift, None), "joint": (shift, 0.5 * shift)}
     clocks = [one if s is None else clock_grid(STEPS, s) for s in shifts[mode]]
     assert [step["tau_v"] for step in steps] == pytest.approx(clocks[0]) and [
@@ -612,7 +612,8 @@ def test_a_run_ends_with_its_report(run):
         share = results[mode][name]
         low, high = pages.wilson(share, 6)
         interval = f'<span class="soft interval">{low:.3f} – {high:.3f}</span>'
-        assert re.search(rf"{mode}.{name}</th><td>{share:.3f}<br>{interval}", text)
+        mark = "( <strong class=.text.>▼</strong>)?"
+        assert re.search(rf"{mode}.{name}</th><td>{share:.3f}{mark}<br>{interval}", text)
     assert [f"{stage}: video" in text for stage in train.STAGES] == [True] * 3 and text.count(
         "<polyline"
     ) == 5  # the generator has no text

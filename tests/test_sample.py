@@ -915,7 +915,7 @@ def test_a_dry_run_prints_sizes_and_makes_nothing(use, clips, work, monkeypatch)
     text = use("joint", "--prompt", PROMPT, "--dry-run")
     assert (
         "48 video tokens and 16 text tokens" in text
-        and "24 steps, guidance 3, shift 1: 72 passes" in text
+        and "8 steps, guidance 3, shift 3: 24 passes" in text
         and "1 to do" in text
         and files(work) == []
     )

@@ -664,7 +664,7 @@ def test_independent_clocks_are_uniform_warped_for_text_and_independent(shift):
 
 
 def test_mixture_puts_its_shares_on_the_samplers_lines():
-    n, p_drop, shift, ahead = 40000, 0.6, 4.0, 0.25
+    n, p_drop, shift, ahead = 80000, 0.6, 4.0, 0.25
     tau_v, tau_t, loss_mask_v, loss_mask_t, keep = sample_clocks(
         "mixture", n, shift, p_drop, seeded(0), joint_shift=ahead
     )
