@@ -79,7 +79,9 @@ def posterior(y_t, tau):
 class Exact(PublishedUniViGU):
     """A model that knows P, and writes down what it was asked."""
 
-    config = SimpleNamespace(vocab_size=V, text_len=N, joint_shift=1.0, prompt_len=4, prompt_dim=10)
+    config = SimpleNamespace(
+        vocab_size=V, text_len=N, text_shift=1.0, joint_shift=1.0, prompt_len=4, prompt_dim=10
+    )
 
     def __init__(self):
         torch.nn.Module.__init__(self)

@@ -613,7 +613,7 @@ def test_a_run_ends_with_its_report(run):
         low, high = pages.wilson(share, 6)
         interval = f'<span class="soft interval">{low:.3f} – {high:.3f}</span>'
         mark = "( <strong class=.text.>▼</strong>)?"
-        assert re.search(rf"{mode}.{name}</th><td>{share:.3f}{mark}<br>{interval}", text)
+        assert re.search(rf"{mode}.{name}</th>\s*<td>{share:.3f}{mark}<br>{interval}", text)
     assert [f"{stage}: video" in text for stage in train.STAGES] == [True] * 3 and text.count(
         "<polyline"
     ) == 5  # the generator has no text

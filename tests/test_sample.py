@@ -940,7 +940,7 @@ def test_a_dry_run_prints_sizes_and_makes_nothing(use, clips, work, monkeypatch)
         and files(work) == ["prompts.txt"]
     )
     write_video("clip.npy", clips[0][:1])
-    assert "16 steps, guidance 1, shift 4: 16 passes" in use(
+    assert "2 steps, guidance 1, shift 4: 2 passes" in use(
         "understand", "--video", "clip.npy", "--dry-run"
     )
 

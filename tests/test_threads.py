@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from engine import threads
 
+ROOT = Path(__file__).parent.parent
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -67,6 +69,7 @@ def test_programs_ask_before_torch_is_loaded(program, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, *program.split(), "--help"],
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
