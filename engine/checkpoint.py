@@ -236,7 +236,10 @@ def restore(folder, model, optimizers, meter, average, machine):
         path = folder / "training_state.pt"
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
+        if machine.ranks == 1:
+            restore_states(model, optimizers, stored["optimizers"]["state"])
+        else:
+            set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
         if average:
             weights = load_file(folder / "ema" / "model.safetensors")
             with average.in_place():
@@ -249,6 +252,18 @@ def restore(folder, model, optimizers, meter, average, machine):
             f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): "
             "remove this folder and --resume goes on from the checkpoint before it"
         ) from None
+
+
+def restore_states(model, optimizers, states):
+    """What optimizers know of each parameter, by its name. Raises KeyError where one is missing.
+
+    torch's own function would first make gradients and states only to replace them.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            state = states[names[p]].items()
+            optimizer.state[p] = {name: x.to(p.device, copy=True) for name, x in state}
 
 
 # ---------------------------------------------------------------- a run's folder
