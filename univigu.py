@@ -109,7 +109,7 @@ class Config:
     text_shift: float = option(
         1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = paper's", low=1e-3, high=1000)
     joint_shift: float = option(
-        1.0, "the same where both run: 1 = eq. 18; below, text is ahead", low=1e-3, high=1000)
+        1.0, "text_shift where both clocks run; 1: eq. 18, below 1 text leads", low=1e-3, high=1000)
     gate_init: float = option(
         0.0, "added to the initial gates: 0 = Wan's, 1 learns faster from scratch", low=0, high=100)
 

@@ -142,7 +142,7 @@ class Estimate:
         if self.steps == last:
             now, watched = time.time(), sum(self.costs[first:last])
             seconds = now - self.begin + sum(self.costs[last:]) * (now - self.since) / watched
-            tqdm.write(f"about {seconds / 60:.1f} minutes of training, and then the evaluation")
+            tqdm.write(f"about {seconds / 60:.1f} minutes of training in all")
 
 
 def tracker(kind, out, options):

@@ -3,8 +3,8 @@
 import os
 import time
 
-# Turns of a waiting loop. libgomp's 300,000 are best where the cores are free: 1,000 cost a sixth
-# of the speed. Where another process has a core, each region of a step would cost that long.
+# Turns of a waiting loop. libgomp's 300,000 are quickest where all cores are free; where another
+# process has one, each parallel region of a step may take that long.
 SHORT = "300"
 
 

@@ -356,3 +356,10 @@ def test_the_config_chooses_the_model():
 def test_a_config_file_from_before_is_read():
     before = TINY | {"latents": "normalised", "text_flow": "embedding", "text_dim": 8}
     assert type(build_model(config_from(before))) is UniViGU
+
+
+@pytest.mark.parametrize("stored, wanted", [({"text_shift": 4.0}, 0.1), ({}, 1.0)])
+def test_older_models_are_sampled_jointly_as_they_were(stored, wanted):
+    """Their config.json has no joint_shift: the toy's samplers had 0.1, all others one clock."""
+    assert config_from(stored).joint_shift == wanted
+    assert config_from(stored | {"joint_shift": 0.5}).joint_shift == 0.5

@@ -104,6 +104,12 @@ def seeds():
         rows.append([about, *cells, f"{number(SEEDS[0]['chance'], measure):.3f}"])
     minutes = [f"{r['wall_s'] / 60:.1f} ({r['train_s'] / 60:.1f})" for r in SEEDS]
     rows.append(["minutes in all (training)", *minutes, "", ""])
+    rates = []
+    for seed in (0, 1, 2):
+        log = (ROOT / f"toy/results/seed{seed}.jsonl").read_text().splitlines()
+        of = [line["samples_per_s"] for line in map(json.loads, log) if line["stage"] == "refine"]
+        rates.append(f"{statistics.median(of):.0f}")
+    rows.append(["clips/s in stage refine, median", *rates, "", ""])
     return markdown(["", "seed 0", "seed 1", "seed 2", "`--recipe paper`", "chance"], rows)
 
 

@@ -1186,10 +1186,10 @@ def test_the_estimate_counts_dearer_steps_and_leaves_compiling_out(monkeypatch, 
         now += 31 if step == 0 else 1
         estimate.step()
     told = capsys.readouterr().out  # 80 s for 50 steps, 10 s, and 40 steps of 3 s
-    assert told == "about 3.5 minutes of training, and then the evaluation\n"
+    assert told == "about 3.5 minutes of training in all\n"
 
 
 def test_a_run_of_50_steps_tells_its_minutes_once(tmp_path, capsys):
     flags = "--batch 4 --num-layers 1 --log-every 60 --eval-clips 0 --compile no --stages generator"
     train.main([*flags.split(), "--generator-steps", "60", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.count("minutes of training, and then") == 1
+    assert capsys.readouterr().out.count("minutes of training in all") == 1

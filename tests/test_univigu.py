@@ -1227,7 +1227,6 @@ def test_x1_output_implies_the_velocity_towards_it():
         (v_v, out), (same, v_t) = as_v(z_v, z_t, tau_t, tau_t, c), as_x1(z_v, z_t, tau_t, tau_t, c)
     assert torch.equal(v_v, same)
     for i, remaining in enumerate((1.0, 0.5, 0.1, 0.01)):
-        assert gap(v_t[i], (out[i] - z_t[i]) / remaining) < 1e-3
         assert gap(z_t[i] + remaining * v_t[i], out[i]) < 1e-5  # the last step lands on it
     with torch.no_grad():
         _, v_t = as_x1(z_v, z_t, torch.ones(4), torch.ones(4), c)
