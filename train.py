@@ -8,7 +8,7 @@
         --init Wan-AI/Wan2.1-T2V-1.3B-Diffusers        a node; --dry-run first
 
 The stages are one loop with other values: the text's target (STAGES), and --STAGE-steps,
---STAGE-lr and --STAGE-optimizer. After the last stage the model is evaluated.
+--STAGE-lr, --STAGE-optimizer and --STAGE-p-drop. After the last stage the model is evaluated.
 """
 
 import json
@@ -81,6 +81,7 @@ REAL: dict = PAPER | dict(
 
 steps = partial(option, low=1, high=10**9)
 rate = partial(option, low=0, high=10)
+chance = partial(option, low=0, high=1)
 optimizer = partial(option, choices=("muon", "adam"))
 
 
@@ -143,12 +144,18 @@ class Train:
         "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)",
         choices=("independent", "mixture"),
     )
-    p_drop: float = option(
+    generator_p_drop: float = chance(
+        0.1, "probability that a sample's prompt is dropped in stage generator"
+    )
+    recall_p_drop: float = chance(
         0.7,
-        "probability that a sample's prompt is dropped in the text stages; with clocks 'mixture' "
-        "not on the lines generate and joint, which have 0.1",
-        low=0,
-        high=1,
+        "the same in stage recall, so that the prompt is not copied; with clocks 'mixture' not on "
+        "the lines generate and joint, which have 0.1",
+    )
+    refine_p_drop: float = chance(
+        0.7,
+        "the same in stage refine; the paper keeps the prompt there, so captions are learned with "
+        "it alone at 0",
     )
     anchor: float = option(
         0.1, "weight of the cross-entropy that keeps predictions near E's rows", low=0, high=1e3
@@ -169,7 +176,7 @@ class Train:
         return self.stages.split(",")
 
     def of(self, stage, name):
-        """An option of one stage: its "steps", "lr" or "optimizer"."""
+        """An option of one stage: its "steps", "lr", "optimizer" or "p_drop"."""
         return getattr(self, f"{stage}_{name}")
 
     def total_steps(self):
@@ -296,7 +303,7 @@ class Trainer:
         loader = iter(distributed.micro_batches(data, train.batch, run, machine, self.step, left))
         micros = range(machine.rank, train.batch // run.micro_batch, machine.ranks)
         options = dict(
-            p_drop=train.p_drop if text else 0.1,
+            p_drop=train.of(stage, "p_drop"),
             clocks=train.clocks if text else train.generator_clocks,
             lambda_t=train.lambda_t or None,
             anchor=train.anchor,

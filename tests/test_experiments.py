@@ -24,7 +24,7 @@ TINY = Budget(
     refine=2,
     clips=4,
     default=(2, 2, 2),
-    flags="--dim 24 --text-dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 16 "
+    flags="--dim 24 --text-dim 24 --num-heads 2 --num-layers 1 --ffn-dim 32 --text-ffn-dim 32 "
     "--freq-dim 16 --batch 4 --warmup 1 --compile no --device cpu --precision fp32",
 )
 VARIANTS = {(e.name, v.name): v for e in EXPERIMENTS for v in e.variants}
@@ -64,7 +64,7 @@ def test_one_name_is_one_variant_and_budgets_are_equal(tmp_path):
     for variant in by_name.values():
         options, _ = parsed(variant, 0, tmp_path)
         steps = sum(options[f"{stage}_steps"] for stage in options["stages"].split(","))
-        name = variant.name.rstrip(" 0123456789")
+        name = variant.name.rstrip(" 0123456789.")
         if name.startswith("whole"):
             name = "whole"
         assert steps == wanted.get(name, 400), variant.name
@@ -119,7 +119,7 @@ def test_losses_and_data_of_variants_are_what_they_say():
     assert torch.equal(tau_t, univigu.warp(tau_v, 0.5))
     assert loss_mask_v.all() and loss_mask_t.all() and 400 < keep.sum() < 600
 
-    mixture = OF["p 1"].loss.keywords["mixture"]
+    mixture = OF["p 0.9"].loss.keywords["mixture"]
     clocks = univigu.sample_clocks("mixture", 1000, 4.0, 1.0, mixture=mixture)
     assert not clocks[-1].any()
     assert univigu.MIXTURE["generate"][1] == 0.1
@@ -161,11 +161,11 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
         assert results["mean and spread"]["base"]["drawn"] == [drawn, 0.0]
         assert 0 < (tmp_path / name / "figure.png").stat().st_size < 60_000
     variants = {p.parent.name for p in tmp_path.glob("*/seed0")}
-    assert variants == {"generator", "base", "shared FFN", "narrow FFN_t", "no video loss"}
+    assert variants == {"generator", "base", "shared FFN", "FFN_t an eighth", "FFN_t half", "copied FFN_t", "no video loss"}
     assert results["variants"]["no video loss"]["arguments"] == {
         "loss": "uni_flow_loss(lambda_v=0.0)"
     }
-    assert capsys.readouterr().out.count("training ") == 5
+    assert capsys.readouterr().out.count("training ") == 7
 
     monkeypatch.setattr(train, "main", lambda *args, **kwargs: pytest.fail("it trained again"))
     experiments.main(argv)

@@ -334,7 +334,7 @@ def spied(monkeypatch, out, *flags):
 
 
 def test_stages_differ_in_the_target_text_and_steps_in_their_clips_and_noise(monkeypatch, tmp_path):
-    calls, _ = spied(monkeypatch, tmp_path, "--seed", "3", "--p-drop", "0.6")
+    calls, _ = spied(monkeypatch, tmp_path, "--seed", "3", "--recall-p-drop", "0.6", "--refine-p-drop", "0.2")
     assert len(calls) == STEPS
     for step, ((_, z_v, y, c), kwargs) in enumerate(calls):
         batch = World(3).dataset("train").__getitems__(range(4 * step, 4 * step + 4))
@@ -342,10 +342,8 @@ def test_stages_differ_in_the_target_text_and_steps_in_their_clips_and_noise(mon
         if step < 5:
             assert y is None and kwargs["p_drop"] == 0.1
         else:
-            assert (
-                torch.equal(y, batch["prompt" if step < 9 else "caption"])
-                and kwargs["p_drop"] == 0.6
-            )
+            target, p_drop = ("prompt", 0.6) if step < 9 else ("caption", 0.2)
+            assert torch.equal(y, batch[target]) and kwargs["p_drop"] == p_drop
     assert len({kwargs["generator"].initial_seed() for _, kwargs in calls}) == STEPS
 
 
@@ -732,7 +730,7 @@ def test_unknown_and_abbreviated_flags_are_refused(flags, tmp_path, capsys):
         ("--refine-lr nan", "refine_lr nan 0"),
         ("--adam-lr -1", "adam_lr -1 0"),
         ("--clip 0", "clip 0.0"),
-        ("--p-drop 1.5", "p_drop 1.5 0 1"),
+        ("--refine-p-drop 1.5", "refine_p_drop 1.5 0 1"),
         ("--seed -1", "seed -1 0"),
         ("--batch 0", "batch 0 1"),
         ("--save-every 0", "save_every 0 1"),

@@ -16,10 +16,13 @@ from .measures import (
     drawing,
     drawing_by_stage,
     reading,
+    reading_both_ways,
     reading_by_prompt,
     reading_by_step,
     reading_frames,
     reading_in_steps,
+    recalling_by_prompt,
+    recalling_in_length,
     rows_of_E,
 )
 from .runs import FULL, Variant
@@ -27,11 +30,14 @@ from .variants import (
     CentredE,
     FixedTarget,
     FrozenE,
+    NoPad,
+    NoPadLoss,
     PatchE,
     SharedFFN,
     contrastive_loss,
     few_clips,
     lines,
+    no_pad_loss,
 )
 
 MARGIN = 0.02  # of accuracy: smaller gains are not worth a claim
@@ -86,9 +92,31 @@ CHECKPOINTS = "--save-every {recall} --keep 99"
 BASE = from_generator("base", CHECKPOINTS)
 DEFAULT = Variant("default", "{default}")  # as `python train.py`
 
-DROP = {
-    p: from_generator(f"p {p:g}", f"--p-drop {p}", loss=lines()) for p in (0.0, 0.1, 0.5, 0.9, 1.0)
+from_default = partial(Variant, start=DEFAULT)  # text stages alone, not shortened
+
+
+def dropping(recall, refine):
+    """Flags: how often the prompt is dropped."""
+    return f"--recall-p-drop {recall} --refine-p-drop {refine}"
+
+
+DROP = {p: from_generator(f"p {p:g}", dropping(p, p), loss=lines()) for p in (0.0, 0.5, 0.9)}
+KEPT = {
+    p: from_generator(f"p {p:g}, then 0", dropping(p, 0), loss=lines()) for p in (0.5, 0.9)
+}  # as in the paper: refinement keeps the prompt
+REFINE_DROP = {
+    p: from_generator(f"refine p {p:g}", f"--clocks independent {dropping(0.7, p)}")
+    for p in (0.0, 0.1, 0.7)
 }
+JOINT = {
+    s: from_default(f"whole, joint_shift {s:g}", f"{{default_steps}} --joint-shift {s}")
+    for s in (4.0, 1.0, 0.25, 0.1)
+}
+FFN_T = {
+    width: from_generator(f"FFN_t {share}", f"--text-ffn-dim {width}")
+    for share, width in (("an eighth", 32), ("half", 128))
+}
+RECALL = "--stages recall --recall-steps {text}"
 LAMBDA = {x: from_generator(f"lambda_t {x:g}", f"--lambda-t {x}") for x in (0.3, 1.0, 10.0)}
 TOKEN = {d: from_generator(f"d {d}", f"--text-dim {d}") for d in (8, 16, 32)}
 DATA = {n: partial(few_clips, n) for n in (256, 1024, 4096)}
@@ -110,6 +138,28 @@ WIDTH = {width: of_width(width) for width in (32, 48, 96)}
 def positions(variants, **more):
     """Where a figure has variants: x -> variant becomes name -> x."""
     return {variant.name: x for x, variant in variants.items()} | more
+
+
+def looks_at_the_video(who, name, ours):
+    """The checks of "understanding" on the variant `name`."""
+    rules = (
+        ("it reads what the prompt leaves open", "read free with prompt", 0.9, 0.0),
+        ("without a prompt it reads as with it", "no prompt", "right prompt", -MARGIN),
+        ("with a wrong prompt it reads as without", "wrong prompt", "no prompt", -MARGIN),
+        (
+            "shuffled frames cost the direction",
+            "direction, in order",
+            "direction, shuffled",
+            0.2,
+        ),
+        ("and the speed", "speed, in order", "speed, shuffled", 0.2),
+        ("they leave the colour", "colour, shuffled", "direction, shuffled", 0.2),
+        ("backwards, the opposite direction is read", "direction turned, backwards", 0.5, MARGIN),
+        ("unseen combinations are read as well", "no prompt unseen", "no prompt", -MARGIN),
+    )
+    for says, more, less, above in rules:
+        less = less if isinstance(less, float) else f"{name}: {less}"
+        yield Check(who + says, f"{name}: {more}", less, above, ours)
 
 
 # ---------------------------------------------------------------- experiments
@@ -185,41 +235,107 @@ EXPERIMENTS = (
     Experiment(
         name="dropout",
         claim=(
-            "With its prompt at hand the model copies it instead of looking at the video; dropping"
-            " it with probability p makes it look (section 3.3). Here p holds on all lines of the "
-            "clocks' mixture, where the default recipe (base) keeps most prompts on the lines that"
-            " draw."
+            "In recall the model copies the prompt at hand instead of looking at the video; "
+            "dropping it with probability p makes it look. In refinement the prompt stays (section "
+            "3.3). Here p holds on all lines of the clocks' mixture: p in recall and 0 in "
+            "refinement, as in the paper, and p in both."
         ),
         refuted_if=(
-            "At p = 0 captions without a prompt are as good as with it and a wrong prompt is not "
-            "copied; or dropout does not mend it."
+            "After recall at p = 0 texts without a prompt are as good as with it and a wrong "
+            "prompt is not copied; or dropout does not mend it, or not for long."
         ),
-        variants=(*DROP.values(), BASE),
-        measures=(reading, reading_by_prompt, drawing),
+        variants=(*DROP.values(), *KEPT.values()),
+        measures=(reading, reading_by_prompt, recalling_by_prompt, drawing),
         checks=(
             Check(
-                "at p = 0 it reads worse without the prompt", "p 0: right prompt", "p 0: no prompt"
+                "recall at p = 0 reads worse without the prompt",
+                "p 0: recall: right prompt",
+                "p 0: recall: no prompt",
             ),
             Check(
-                "at p = 0 it copies a wrong prompt more than at .9",
-                "p 0: wrong prompt copied",
-                "p 0.9: wrong prompt copied",
+                "recall at p = 0 copies a wrong prompt more than at .9",
+                "p 0: recall: wrong prompt copied",
+                "p 0.9: recall: wrong prompt copied",
             ),
             Check(
-                "at p = .9 it reads better without a prompt than at 0",
-                "p 0.9: no prompt",
+                "recall at p = .9 reads better without a prompt than at 0",
+                "p 0.9: recall: no prompt",
+                "p 0: recall: no prompt",
+            ),
+            Check(
+                "after refinement with the prompt, too",
+                "p 0.9, then 0: no prompt",
                 "p 0: no prompt",
             ),
-            Check("at p = .9 it still draws as at 0", "p 0.9: drawn", "p 0: drawn", -MARGIN),
+            Check(
+                "and it draws as at 0",
+                "p 0.9, then 0: drawn",
+                "p 0: drawn",
+                -MARGIN,
+            ),
+            Check(
+                "p = .9 in both stages reads better without a prompt than p = .9, then 0",
+                "p 0.9: no prompt",
+                "p 0.9, then 0: no prompt",
+                ours=True,
+            ),
+            Check("and draws no worse", "p 0.9: drawn", "p 0.9, then 0: drawn", -MARGIN, ours=True),
+        ),
+        panels=(
+            bars("recall: right prompt", "recall: no prompt", "recall: wrong prompt copied"),
+            bars("right prompt", "no prompt", "wrong prompt copied", "drawn"),
+        ),
+    ),
+    Experiment(
+        name="refine_dropout",
+        claim=(
+            "Captions say more than the prompt, so in refinement the prompt may stay: the model "
+            "has to look at the video for the rest (section 3.3). Here with independent clocks, "
+            "and p = .7 in recall."
+        ),
+        refuted_if=(
+            "Where the prompt stays, captions with it have less right of what the prompt leaves "
+            "open than captions without it where it is dropped; or they need it."
+        ),
+        variants=tuple(REFINE_DROP.values()),
+        measures=(reading, reading_both_ways, drawing),
+        checks=(
+            Check(
+                "at 0 it reads what the prompt leaves open as at .7",
+                "refine p 0: read free with prompt",
+                "refine p 0.7: read free",
+                -MARGIN,
+            ),
+            Check(
+                "at 0 it reads as well without the prompt",
+                "refine p 0: read",
+                "refine p 0: read with prompt",
+                -MARGIN,
+            ),
+            *(
+                Check(
+                    f"{p:g} {does} 0",
+                    f"refine p {p:g}: {name}",
+                    f"refine p 0: {name}",
+                    above,
+                    ours=True,
+                )
+                for p in (0.1, 0.7)
+                for does, name, above in (
+                    ("reads better without the prompt than", "read", MARGIN),
+                    ("reads as well with the prompt as", "read with prompt", -MARGIN),
+                    ("draws as well as", "drawn", -MARGIN),
+                )
+            ),
         ),
         panels=(
             across(
-                "p",
-                positions(DROP),
-                "right prompt",
-                "no prompt",
-                "wrong prompt",
-                "wrong prompt copied",
+                "p in refinement",
+                positions(REFINE_DROP),
+                "read",
+                "read with prompt",
+                "read free",
+                "read free with prompt",
                 "drawn",
                 log=False,
             ),
@@ -229,26 +345,36 @@ EXPERIMENTS = (
         name="experts",
         claim=(
             "Attention carries what the modalities share, the FFNs what each needs alone (section "
-            "3.2). So a text expert of its own, however light, beats one shared FFN, and protects "
-            "generation."
+            "3.2). So a text expert of its own, new and light, beats one shared FFN, and protects "
+            "generation; a copy of the video's is not needed."
         ),
-        refuted_if="A shared FFN reads and draws as well, or a narrow text expert reads worse.",
+        refuted_if=(
+            "A shared FFN reads and draws as well, or a light or a new text expert reads worse."
+        ),
         variants=(
             GENERATOR,
             BASE,
             from_generator("shared FFN", make_model=SharedFFN),
-            from_generator("narrow FFN_t", "--text-ffn-dim 32"),
+            *FFN_T.values(),
+            from_generator("copied FFN_t", "--text-ffn-init copy"),
         ),
         measures=(reading, drawing),
         checks=(
             Check("separate experts read better", "base: read", "shared FFN: read"),
             Check("separate experts draw better", "base: drawn", "shared FFN: drawn"),
-            Check(
-                "a text expert of an eighth of the width reads as well",
-                "narrow FFN_t: read",
-                "base: read",
-                -MARGIN,
+            *(
+                Check(
+                    f"a text expert of {share} of the width reads as well",
+                    f"{FFN_T[width].name}: read",
+                    "base: read",
+                    -MARGIN,
+                )
+                for share, width in (("an eighth", 32), ("half", 128))
             ),
+            Check(
+                "a new expert reads as well as a copy", "base: read", "copied FFN_t: read", -MARGIN
+            ),
+            Check("and draws as well", "base: drawn", "copied FFN_t: drawn", -MARGIN),
         ),
         panels=(bars("read", "read all", "drawn"),),
     ),
@@ -292,8 +418,8 @@ EXPERIMENTS = (
         ),
         refuted_if="One clock (the line that joint() walks) reads, draws or does both as well.",
         variants=(
-            from_generator("independent", "--clocks independent --p-drop 0.5"),
-            from_generator("one clock", "--p-drop 0.5", loss=lines(joint=1.0)),
+            from_generator("independent", f"--clocks independent {dropping(0.5, 0.5)}"),
+            from_generator("one clock", dropping(0.5, 0.5), loss=lines(joint=1.0)),
             DROP[0.5],
         ),
         measures=(reading, drawing, agreement),
@@ -343,7 +469,8 @@ EXPERIMENTS = (
             DEFAULT,
             from_generator("whole, no recall", "--stages refine --refine-steps {default_text}"),
             from_generator(
-                "whole, independent", "{default_steps} --clocks independent --p-drop 0.5"
+                "whole, independent",
+                f"{{default_steps}} --clocks independent {dropping(0.5, 0.5)}",
             ),
         ),
         measures=(reading, drawing, agreement),
@@ -364,6 +491,73 @@ EXPERIMENTS = (
                 "read", "read all", "drawn", "agreement", "agreement, text ahead", "prompt followed"
             ),
         ),
+    ),
+    Experiment(
+        name="joint_shift",
+        claim=(
+            "In joint sampling one clock serves both modalities (eq. 18), and it is a line that "
+            "training covers. So it does no worse than another line, trained and sampled alike: "
+            "with joint_shift 4 the text is behind the video, below 1 ahead; the default has .03."
+        ),
+        refuted_if="On another line caption and video agree more, or reading or drawing is better.",
+        variants=(*JOINT.values(), DEFAULT),
+        measures=(reading, drawing, agreement),
+        checks=tuple(
+            Check(
+                f"one clock {does} as {name}",
+                f"{JOINT[1.0].name}: {measure}",
+                f"{variant}: {measure}",
+                -MARGIN,
+            )
+            for name, variant in (
+                *((f"joint_shift {s:g}", JOINT[s].name) for s in (4.0, 0.25, 0.1)),
+                ("the default's .03", "default"),
+            )
+            for does, measure in (
+                ("agrees as well", "agreement"),
+                ("follows the prompt as well", "prompt followed"),
+            )
+        ),
+        panels=(
+            across(
+                "joint_shift",
+                positions(JOINT, default=0.03),
+                "agreement",
+                "prompt followed",
+                "read",
+                "drawn",
+            ),
+        ),
+    ),
+    Experiment(
+        name="padding",
+        claim=(
+            "On texts shorter than N the paper is silent. Here their PAD tokens are attended to, "
+            "and are in the loss. Recall alone, for its texts are short: prompts of 6 tokens of 16."
+        ),
+        refuted_if="Without their loss, or out of sight, it reads or draws better.",
+        variants=(
+            from_generator("PAD seen", RECALL),
+            from_generator("PAD without loss", RECALL, make_model=NoPadLoss),
+            from_generator("PAD unseen", RECALL, make_model=NoPad, loss=no_pad_loss),
+        ),
+        measures=(recalling_in_length,),
+        checks=tuple(
+            Check(
+                f"{name} does not {does} better",
+                f"PAD seen: {measure}",
+                f"{name}: {measure}",
+                -MARGIN,
+            )
+            for name in ("PAD without loss", "PAD unseen")
+            for does, measure in (
+                ("read", "read"),
+                ("read, the length told,", "read, length told"),
+                ("draw", "drawn"),
+                ("draw, the length told,", "drawn, length told"),
+            )
+        ),
+        panels=(bars("read", "read, length told", "drawn", "drawn, length told"),),
     ),
     Experiment(
         name="lambda_t",
@@ -524,53 +718,27 @@ EXPERIMENTS = (
     Experiment(
         name="understanding",
         claim=(
-            "Refinement makes the model attend to the video instead of relying on the prompt: "
-            "attributes, spatial relations, temporal dynamics (section 3.3). So captions need no "
-            "prompt, resist a wrong one, see motion, and hold for combinations never shown."
+            "Refinement, which keeps the prompt, makes the model attend to the video instead of "
+            "relying on the prompt: attributes, spatial relations, temporal dynamics (section "
+            "3.3). So captions need no prompt, resist a wrong one, see motion, and hold for "
+            "combinations never shown. The default, which drops the prompt, is told beside it."
         ),
         refuted_if=(
             "A wrong prompt is believed; direction is read as well from shuffled frames; unseen "
             "combinations are read worse."
         ),
-        variants=(DEFAULT,),
-        measures=(reading_by_prompt, reading_frames),
-        checks=(
-            Check(
-                "without a prompt it reads as with it",
-                "default: no prompt",
-                "default: right prompt",
-                -MARGIN,
-            ),
-            Check(
-                "with a wrong prompt it reads as without",
-                "default: wrong prompt",
-                "default: no prompt",
-                -MARGIN,
-            ),
-            Check(
-                "shuffled frames cost the direction",
-                "default: direction, in order",
-                "default: direction, shuffled",
-                0.2,
-            ),
-            Check("and the speed", "default: speed, in order", "default: speed, shuffled", 0.2),
-            Check(
-                "they leave the colour",
-                "default: colour, shuffled",
-                "default: direction, shuffled",
-                0.2,
-            ),
-            Check(
-                "backwards, the opposite direction is read",
-                "default: direction turned, backwards",
-                0.5,
-            ),
-            Check(
-                "unseen combinations are read as well",
-                "default: no prompt unseen",
-                "default: no prompt",
-                -MARGIN,
-            ),
+        variants=(
+            from_default("whole, refine p 0", "{default_steps} --refine-p-drop 0", loss=lines()),
+            DEFAULT,
+        ),
+        measures=(reading_both_ways, reading_by_prompt, reading_frames),
+        checks=tuple(
+            check
+            for who, name, ours in (
+                ("", "whole, refine p 0", False),
+                ("dropping the prompt, ", "default", True),
+            )
+            for check in looks_at_the_video(who, name, ours)
         ),
         panels=(
             bars(

@@ -127,11 +127,11 @@ class Comparison:
         return round(right.double().mean().item(), 4)
 
 
-def said(texts):
-    """B captions -> the attributes they state, (B, 7) int64, -1 where one states nothing valid."""
+def said(texts, form=words.DETAILED):
+    """B texts -> the attributes they state, (B, 7) int64, -1 where one states nothing valid."""
     rows = []
     for text in texts:
-        stated = words.parse(text)
+        stated = words.parse(text, form)
         rows.append([index_of(name, stated[name]) for name in ALL])
     return torch.tensor(rows)
 

@@ -12,7 +12,7 @@ from engine.checkpoint import checkpoints
 from train import STAGES
 from univigu import generate, joint, noise_like
 
-from . import shapes
+from . import shapes, words
 from .evaluate import ALL, BRIEF, SAMPLING, said, score
 
 FREE = tuple(name for name in ALL if name not in BRIEF)  # what a brief prompt leaves open
@@ -52,24 +52,43 @@ def reading_in_steps(run):
     return numbers
 
 
-def reading_by_prompt(run):
-    """Captions with the clip's own prompt, with none, and with another clip's.
+def reading_by_prompt(run, stage=None):
+    """Texts with the clip's own prompt, with none, and with another clip's, after a stage.
 
     Accuracy over what a prompt names, and how much of a wrong prompt is copied.
     """
     numbers = {}
+    model = run.restored(run.folder / (stage or run.stages[-1]))
+    form = words.BRIEF if stage == "recall" else words.DETAILED
     in_brief = torch.tensor([name in BRIEF for name in ALL])  # (7,)
     for split, suffix in (("seen", ""), ("unseen", " unseen")):
         batch, truth = run.show(split)
         lie = truth.roll(1, 0)
         prompts = {"right": batch["c"], "no": None, "wrong": batch["c"].roll(1, 0)}
-        found = {name: run.read(batch["z_v"], c) for name, c in prompts.items()}
+        found = {name: run.read(batch["z_v"], c, model, form) for name, c in prompts.items()}
         for name, answers in found.items():
             numbers[f"{name} prompt{suffix}"], _ = score(answers, truth, BRIEF)
         lied = (truth != lie) & in_brief  # (B, 7)
         copied = (found["wrong"] == lie)[lied].double().mean()
         numbers[f"wrong prompt copied{suffix}"] = copied
     return numbers
+
+
+def recalling_by_prompt(run):
+    """The same after recall, whose texts are prompts."""
+    found = reading_by_prompt(run, "recall")
+    return {f"recall: {name}": value for name, value in found.items()}
+
+
+def reading_both_ways(run):
+    """Captions with the clip's own prompt: all of it, and what the prompt leaves open."""
+    batch, truth = run.show()
+    found = run.read(batch["z_v"], batch["c"])
+    return {
+        "read with prompt": score(found, truth)[0],
+        "read free with prompt": score(found, truth, FREE)[0],
+        "read free": score(run.read(batch["z_v"]), truth, FREE)[0],
+    }
 
 
 def reading_frames(run):
@@ -107,6 +126,23 @@ def drawing(run, stage=None):
     shape = run.world.shape
     z_v = generate(model, y, batch["c"], shape, generator=generator, **SAMPLING["generate"])
     return {"drawn": score(run.look(z_v), truth, BRIEF)[0]}
+
+
+def recalling_in_length(run):
+    """After recall, whose texts are prompts: reading and drawing, with N tokens and with as many
+    as there are."""
+    batch, truth = run.show()
+    tokens = int((batch["prompt"] != words.PAD).sum(1).max())  # all prompts are of one length
+    numbers = {}
+    for name, n in (("", words.N), (", length told", tokens)):
+        found = run.read(batch["z_v"], form=words.BRIEF, length=n)
+        numbers[f"read{name}"], _ = score(found, truth, BRIEF)
+        y, options = batch["prompt"][:, :n], SAMPLING["generate"]
+        z_v = generate(
+            run.model, y, batch["c"], run.world.shape, generator=run.generator(), **options
+        )
+        numbers[f"drawn{name}"], _ = score(run.look(z_v), truth, BRIEF)
+    return numbers
 
 
 def drawing_by_stage(run):

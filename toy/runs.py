@@ -17,7 +17,7 @@ from engine.files import read_json, write_json
 from univigu import Config, understand, uni_flow_loss
 from wan.published import build
 
-from . import World, oracle
+from . import World, oracle, words
 from .evaluate import SAMPLING, said
 from .variants import graft
 
@@ -168,11 +168,11 @@ class Run:
         dataset = self.world.dataset(split)
         return dataset.__getitems__(indices), dataset.clips(indices).attributes
 
-    def read(self, z_v, c=None, model=None, **sampling):
-        """z_v -> what the captions say of it, (B, 7)."""
+    def read(self, z_v, c=None, model=None, form=words.DETAILED, **sampling):
+        """z_v -> what the captions, texts of that form, say of it, (B, 7)."""
         sampling = SAMPLING["understand"] | {"reuse_video": False} | sampling
         y_hat = understand(model or self.model, z_v, c, generator=self.generator(), **sampling)
-        return said(self.world.tokenizer.decode(y_hat))
+        return said(self.world.tokenizer.decode(y_hat), form)
 
     def look(self, z_v):
         """z_v -> what the oracle sees in it, (B, 7)."""

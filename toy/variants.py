@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 
 import toy
-from univigu import MIXTURE, EmbeddingFlow, UniViGU, uni_flow_loss
+from univigu import MIXTURE, Attention, EmbeddingFlow, UniViGU, uni_flow_loss
+
+from .words import PAD
 
 # ---------------------------------------------------------------- models
 
@@ -64,13 +67,60 @@ class FixedTarget(UniViGU):
     text_flow = FixedTargetFlow()
 
 
+class NoPadLossFlow(EmbeddingFlow):
+    """PAD positions have no loss: their prediction counts as right."""
+
+    def loss(self, model, v_t, z_t, u_t, y, tau_t, anchor):
+        v_t = torch.where((y != PAD)[..., None], v_t, u_t)
+        return super().loss(model, v_t, z_t, u_t, y, tau_t, anchor)
+
+
+class NoPadLoss(UniViGU):
+    text_flow = NoPadLossFlow()
+
+
+class PadlessAttention(Attention):
+    """Attention of a block to both streams, in which nobody looks at the text's PAD positions."""
+
+    pad: torch.Tensor | None = None  # (B, N), where the text of the batch has PAD
+
+    def attend(self, q, k, v):
+        if self.pad is None:  # sampling: nobody knows yet where the text will end
+            return super().attend(q, k, v)
+        seen = F.pad(~self.pad, (k.shape[2] - self.pad.shape[1], 0), value=True)[:, None, None]
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.o(rearrange(a, "b heads n d -> b n (heads d)"))
+
+
+class NoPad(NoPadLoss):
+    """PAD positions have no loss, and in training no other position attends to them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.self_attn.__class__ = PadlessAttention
+
+    def hide(self, pad):
+        for block in self.blocks:
+            block.self_attn.pad = pad
+
+
 # ---------------------------------------------------------------- losses
+
+
+def no_pad_loss(model, z_v1, y, c, **options):
+    """The loss of a NoPad, with the PAD positions of y out of sight."""
+    model.hide(y == PAD)
+    try:
+        return uni_flow_loss(model, z_v1, y, c, **options)
+    finally:
+        model.hide(None)
 
 
 def lines(**shares):
     """The loss with other shares (default: its own) on the lines of the clocks' mixture.
 
-    The prompt is dropped as often on all of them, as --p-drop says.
+    The prompt is dropped as often on all of them, as --recall-p-drop and --refine-p-drop say.
     """
     own = {name: share for name, (share, _) in MIXTURE.items()}
     wanted = dict.fromkeys(own, 0.0) | shares if shares else own
