@@ -1,6 +1,7 @@
 """Uses a trained checkpoint: describes a video, draws a prompt, or does both at once.
 
     python sample.py understand --video clip.gif                  prints the caption
+    python sample.py understand --video clip.gif --prompt "a red circle moving right"
     python sample.py generate --prompt "a red circle moving right" --out circle.gif
     python sample.py joint --prompt "a red circle moving right" --out circle.gif
     python sample.py generate --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat"
@@ -32,12 +33,13 @@ import torch.nn.functional as F
 
 import wan
 from engine import cost, trajectory
+from engine.checkpoint import needs_prompt
 from engine.files import check_writable, one_line, read_json, write_text
 from engine.options import run_command
 from engine.rows import append_row, read_rows
 from engine.sampling import parse
 from engine.video import check_video_out, read_resized, read_video, write_video
-from engine.world import World
+from engine.world import World, checked_sampling
 from univigu import Config, generate, joint, understand
 from wan.flags import WAN
 from wan.published import build, config_from, latents_of
@@ -56,6 +58,7 @@ class Checkpoint:
     stage: str
     device: torch.device
     base: str | None = None  # the Wan2.1 that has what a published .pth lacks
+    needs_prompt: str = ""  # why a caption needs a prompt; "" where it does not
 
     @property
     def published(self):
@@ -108,7 +111,8 @@ def open_trained(name, folder, parts, device, weights):
                 "wanted a folder that train.py wrote, such as runs/toy/refine"
             )
     values = read_part(folder / "config.json", *(f.name for f in fields(Config)))
-    stage = read_part(folder / "train.json", "stage")["stage"]
+    trained = read_part(folder / "train.json", "stage")
+    stage, options = trained["stage"], trained.get("train")
     state = read_part(folder / "world.json", "world")
     if stage not in ("generator", "recall", "refine"):
         raise ValueError(
@@ -120,7 +124,8 @@ def open_trained(name, folder, parts, device, weights):
         world = restore_world(state, config, parts, device)
     except (ValueError, TypeError, LookupError) as error:  # of foreign values
         raise ValueError(f"checkpoint {folder}: {one_line(error)}") from None
-    return Checkpoint(name, folder, config, world, stage, device)
+    why = needs_prompt(options, stage) if isinstance(options, dict) else ""
+    return Checkpoint(name, folder, config, world, stage, device, needs_prompt=why)
 
 
 def read_part(path, *names):
@@ -146,6 +151,7 @@ def restore_world(state, config, parts, device):
 
     world = World()
     world.check(config)
+    world.sampling = checked_sampling(state.get("sampling"), world.sampling)
     return world
 
 
@@ -232,7 +238,7 @@ def sampler_options(flags, checkpoint, large):
         if getattr(flags, name) is not None:
             options[name] = getattr(flags, name)
     if mode == "understand":
-        options["reuse_video"] = not (flags.recompute_video or checkpoint.published)
+        options["reuse_video"] &= not (flags.recompute_video or checkpoint.published)
     elif flags.negative_prompt and options["guidance"] == 1:
         raise ValueError("--negative-prompt has no effect at guidance 1, wanted another --guidance")
     return options
@@ -313,6 +319,9 @@ def read_prompts(path):
 def describe(flags, checkpoint, size, options, work):
     """understand: prints the caption of a video, or those of a folder as JSON lines."""
     world, model = checkpoint.world, None
+    if checkpoint.needs_prompt and flags.prompt is None:
+        print(f"{checkpoint.name}: {checkpoint.needs_prompt}; give --prompt", file=sys.stderr)
+    (c,) = embed(world, [flags.prompt]) if flags.prompt is not None else (None,)
     for i, video in work:
         try:
             frames = read(video, world, size, flags.size)
@@ -326,9 +335,11 @@ def describe(flags, checkpoint, size, options, work):
         z_v = z_v.to(checkpoint.device)
         record = trajectory.Recorder(model) if flags.trajectory else None
         generator = torch.Generator().manual_seed(flags.seed + i)
-        y_hat = understand(model, z_v, generator=generator, callback=record, **options)
+        c = None if c is None else c.to(checkpoint.device)
+        y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
         caption = world.tokenizer.decode(y_hat.cpu())[0]
         row = {"video": video.name, "caption": caption}
+        row |= {} if flags.prompt is None else {"prompt": flags.prompt}
         print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out and flags.video:
             write_text(flags.out, caption + "\n")

@@ -31,12 +31,13 @@ from tqdm import tqdm
 
 import wan
 from engine import checkpoint, cost, distributed, pages
-from engine.checkpoint import Average, Saver, checkpoints
+from engine.checkpoint import Average, Saver, checkpoints, needs_prompt
 from engine.distributed import no_grad_sync
 from engine.files import append_line, read_json
 from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
 from engine.options import Run, add_flags, fail, pick, run_command, run_parser
+from engine.world import by_stage
 from univigu import PRESETS, Config, option, uni_flow_loss, validate
 from wan.published import PublishedConfig, build, config_from
 
@@ -48,8 +49,8 @@ STAGES = {
 }
 
 # What `--recipe paper` changes: independent uniform clocks, velocity output, eq. 11 and nothing
-# else, Adam. The stand-in generator, the sizes and the number of steps stay the toy's, and E's
-# rows stay unit, or else they collapse.
+# else, Adam, 40% of the text steps in recall and four times the learning rate there, no dropout in
+# refine, one clock in joint (sections 3.1, 3.3 and 4.1). What stays ours: toy/results/README.md.
 PAPER: dict = dict(
     clocks="independent",
     text_shift=1.0,
@@ -58,15 +59,25 @@ PAPER: dict = dict(
     anchor=0.0,
     recall_optimizer="adam",
     refine_optimizer="adam",
-    recall_lr=1e-3,
-    refine_lr=1e-3,
+    recall_steps=640,
+    refine_steps=960,
+    recall_lr=2e-3,
+    refine_lr=5e-4,
+    refine_p_drop=0.0,
+    sampling="paper",
 )
 RECIPES: dict = {"default": {}, "paper": PAPER}
 
+# Eq. 16 to 18 as they stand: even steps, one clock in joint, the video in every step, and no
+# guidance, of which the paper does not speak; nor does it of the number of steps.
+EVEN: dict = dict(steps=20, guidance=1.0, shift=1.0)
+PAPER_SAMPLING = {"understand": EVEN | {"reuse_video": False}, "generate": EVEN, "joint": EVEN}
+
 # Defaults where the data are not the toy: there is a pretrained generator, and the rest is the
-# paper's (section 3.3).
+# paper's (section 4.1).
 REAL: dict = PAPER | dict(
     stages="recall,refine",
+    sampling="world",
     batch=1,
     recall_steps=40_000,
     refine_steps=60_000,
@@ -92,19 +103,21 @@ class Train:
     preset: str = option("toy", f"sizes of the model: {', '.join(PRESETS)}", choices=tuple(PRESETS))
     recipe: str = option(
         "default",
-        "training choices of the toy's text stages: 'default' (measured) or 'paper' (its clocks, "
-        "output, loss and optimizer), which real data always has",
+        "choices of the toy's text stages: 'default' (measured) or 'paper' (its clocks, output, "
+        "loss, optimizer, stages and samplers); real data has the paper's, see below",
         choices=tuple(RECIPES),
     )
     data: str = option(
         "toy", "what to learn: 'toy', or a folder that `python -m wan.prepare` wrote"
     )
     vocabulary: str = option(
-        "data",
-        "of real data: the tokens that occur in the 'data', or 'full', all of umT5's, as the "
-        "published weights need",
-        choices=("data", "full"),
+        "full",
+        "of real data: 'full', all of umT5's tokens, or those that occur in the 'data': fewer "
+        "parameters, but no other word can be written or drawn",
+        choices=("full", "data"),
     )
+    recall_data: str = option("", "what stage recall learns from, where that is not --data")
+    refine_data: str = option("", "what stage refine learns from, where that is not --data")
     stages: str = option("generator,recall,refine", "which stages to run, in this order")
     init: str = option(
         "",
@@ -163,6 +176,12 @@ class Train:
     lambda_t: float = option(
         0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|", low=0, high=1e6
     )
+    sampling: str = option(
+        "world",
+        "how the evaluation and sample.py sample by default: as suits the 'world', or as the "
+        "'paper' has it: even steps, one clock in joint, no guidance",
+        choices=("world", "paper"),
+    )
     ema: float = option(
         0.0,
         "decay of an exponential moving average of the weights, for example 0.999; each "
@@ -178,6 +197,10 @@ class Train:
     def of(self, stage, name):
         """An option of one stage: its "steps", "lr", "optimizer" or "p_drop"."""
         return getattr(self, f"{stage}_{name}")
+
+    def data_of(self, stage):
+        """What a stage learns from."""
+        return getattr(self, f"{stage}_data", "") or self.data
 
     def total_steps(self):
         return sum(self.of(stage, "steps") for stage in self.names())
@@ -223,11 +246,13 @@ class Stop(Exception):
 
 
 class Trainer:
-    """A run in progress. last: the checkpoint that it goes on from, (step, folder), or None.
-    done: what train.json says of the checkpoint that the weights are from."""
+    """A run in progress. worlds: by stage, see make_worlds. last: the checkpoint that it goes on
+    from, (step, folder), or None. done: what train.json says of the checkpoint that the weights
+    are from."""
 
-    def __init__(self, train, run, world, machine, model, loss, last, done):
-        self.train, self.run, self.world, self.machine = train, run, world, machine
+    def __init__(self, train, run, worlds, machine, model, loss, last, done):
+        self.train, self.run, self.worlds, self.machine = train, run, worlds, machine
+        self.world = worlds[train.names()[-1]]  # evaluates, and is stored
         self.model, self.last, self.shown = model, last, {}
         self.text_started = done.get("stage") in ("recall", "refine")
         if STAGES[train.names()[0]] and not self.text_started:
@@ -240,12 +265,15 @@ class Trainer:
         find_unused = "generator" in train.names()
         self.objective = distributed.parallelise(model, loss, run, machine, find_unused)
         self.average = Average(model, train.ema) if train.ema else None
-        self.saver = Saver(run, machine, self.options, world.state)
+        self.saver = Saver(run, machine, self.options, self.world.state)
         before = done if last else {"step": 0, "elapsed": 0.0, "skipped": []}
         self.step, self.before, self.begin = before["step"], before["elapsed"], time.time()
         distributed.check_same_step(machine, self.step, run.out)
-        batch_of = world.dataset("train").batch
-        self.guard = Guard(lambda s: batch_of(s, train.batch), run.max_skipped, before["skipped"])
+        self.guard = Guard(self.clips_of, run.max_skipped, before["skipped"])
+
+    def clips_of(self, step):
+        """The clips of a step of the present stage."""
+        return self.data.batch(step, self.train.batch)
 
     def start_text(self):
         self.model.start_text()
@@ -258,7 +286,7 @@ class Trainer:
     def flops(self, stage):
         """FLOPs of a step of a stage, for clips of the most frequent size."""
         config = self.model.config
-        n_v, n_t = cost.video_tokens(config, self.world.shape), config.text_len
+        n_v, n_t = cost.video_tokens(config, self.worlds[stage].shape), config.text_len
         return 3 * self.train.batch * cost.forward_flops(config, n_v, n_t if STAGES[stage] else 0)
 
     def run_stages(self):
@@ -298,7 +326,7 @@ class Trainer:
         log = Log(run.out, train.batch, machine, bar, track, self.step, self.elapsed())
         if self.last and first < self.step:
             checkpoint.restore(self.last[1], model, optimizers, meter, self.average, machine)
-        data = self.world.dataset("train")
+        self.data = data = self.worlds[stage].dataset("train")
         left = end - self.step
         loader = iter(distributed.micro_batches(data, train.batch, run, machine, self.step, left))
         micros = range(machine.rank, train.batch // run.micro_batch, machine.ranks)
@@ -370,6 +398,8 @@ class Trainer:
             folder = nowhere if self.machine.rank else out
             has_text = STAGES[stage] is not None
             found = self.world.evaluate(model, folder, clips, self.elapsed(), has_text)
+        if not self.machine.rank and STAGES[stage] and needs_prompt(self.options, stage):
+            print(needs_prompt(self.options, stage))
         self.shown = found.shown
         return found.results
 
@@ -377,8 +407,9 @@ class Trainer:
 # ---------------------------------------------------------------- from flags to a run
 
 
-def make_world(data, seed, vocabulary="data"):
-    """The world to learn: "toy", or a folder that wan.prepare wrote. Raises ValueError, OSError."""
+def make_world(data, seed, vocabulary="full", also=()):
+    """The world to learn: "toy", or a folder that wan.prepare wrote. also: other folders, whose
+    tokens are to be known, too. Raises ValueError, OSError."""
     if data == "toy":
         from toy import World
 
@@ -388,7 +419,21 @@ def make_world(data, seed, vocabulary="data"):
             f"data is {data!r}, wanted 'toy' or a folder that `python -m wan.prepare` wrote, with "
             "its manifest.json"
         )
-    return wan.World(data, seed=seed, full_vocabulary=vocabulary == "full")
+    return wan.World(data, seed=seed, full_vocabulary=vocabulary == "full", also=also)
+
+
+def make_worlds(train, make_world):
+    """Stage -> the world it learns from. Raises as make_world, and as engine.world.by_stage."""
+
+    def make(source, others):
+        also = {"also": others} if others else {}
+        world = make_world(source, train.seed, train.vocabulary, **also)
+        if train.sampling == "paper":
+            world.sampling = PAPER_SAMPLING
+        return world
+
+    stages = {stage: (train.data_of(stage), STAGES.get(stage)) for stage in train.names()}
+    return by_stage(stages, make)
 
 
 def load_start(folder, config, make_model):
@@ -441,8 +486,10 @@ def chosen(given, make_world):
     Wan or the data are real; the data's sizes; the recipe; real data's defaults; the flags."""
     asked = pick(Train, given)
     validate(asked)
-    real = asked.data != "toy"
-    sizes = make_world(asked.data, 0, asked.vocabulary).sizes
+    real = any(asked.data_of(stage) != "toy" for stage in STAGES)
+    recipe = RECIPES[asked.recipe] | (REAL if real else {})
+    *_, world = make_worlds(pick(Train, recipe | given), make_world).values()
+    sizes = world.sizes
     model = asdict(PRESETS[asked.preset])
     if asked.init and wan.is_wan(asked.init):
         known = {f.name for f in fields(PublishedConfig)}
@@ -450,7 +497,7 @@ def chosen(given, make_world):
         model = asdict(wan.config(asked.init, **sizes | overrides))
     elif real and asked.init and Path(asked.init, "config.json").is_file():
         model = read_json(Path(asked.init, "config.json"))
-    return model | sizes | RECIPES[asked.recipe] | (REAL if real else {}) | given
+    return model | sizes | recipe | given
 
 
 # What may differ when a run goes on. Another micro_batch draws other noise; the rest leaves the
@@ -481,7 +528,7 @@ def resumed(given, out):
     return stored | given | {"out": out}
 
 
-def prepare(train, run, config, flags, world, make_model, load_start):
+def prepare(train, run, config, flags, worlds, make_model, load_start):
     """Everything that may fail, before anything of an old run is lost.
 
     Returns machine, model, and Trainer's last and done. Raises ValueError, OSError, ImportError.
@@ -491,13 +538,14 @@ def prepare(train, run, config, flags, world, make_model, load_start):
     last = checkpoints(run.out)[-1] if flags.resume else None
     for part in checkpoint.unfinished(run.out) if machine.rank == 0 else ():
         print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
-    source = last[1] if last else train.init
+    source, world = last[1] if last else train.init, worlds[train.names()[-1]]
     torch.manual_seed(train.seed)
     if source:
         checkpoint.check_world(source, world.state)
     if run.eval_clips or run.val_every:
         _ = world.tokenizer, world.codec  # what an evaluation needs is better missed now
-    world.dataset("train")
+    for of_stage in worlds.values():
+        of_stage.dataset("train")
     for place in (Path(run.out, stage) for stage in train.names()):
         if os.path.lexists(place) and not (place / "train.json").is_file():
             raise ValueError(
@@ -527,18 +575,19 @@ def main(
     """Trains as the flags say. The other arguments are what an experiment may replace."""
     train, run, config, flags = parse(argv, make_world)
     try:
-        world = make_world(train.data, train.seed, train.vocabulary)
-        world.check(config)
+        worlds = make_worlds(train, make_world)
+        for world in worlds.values():
+            world.check(config)
         if flags.dry_run:
             count, steps = cost.parameters(make_model, config), train.total_steps()
             return cost.print_training(count, config, run, world.shape, train.batch, steps)
-        started = prepare(train, run, config, flags, world, make_model, load_start)
+        started = prepare(train, run, config, flags, worlds, make_model, load_start)
         machine, model, last, done = started
     except (ValueError, OSError, ImportError) as error:
         fail("train.py", error)
     try:
         with distributed.settings(machine):
-            trainer = Trainer(train, run, world, machine, model, loss, last, done)
+            trainer = Trainer(train, run, worlds, machine, model, loss, last, done)
             trainer.run_stages()
         if machine.rank == 0:
             options = trainer.options | asdict(config)

@@ -195,7 +195,20 @@ def read_options(folder):
     stored = read_json(folder / "train.json", "train") | read_json(folder / "config.json")
     if stored.get("async_save") in ("yes", "no"):  # as older versions have it
         stored["async_save"] = stored["async_save"] == "yes"
+    if "p_drop" in stored:  # one for both stages
+        both = dict.fromkeys(("recall_p_drop", "refine_p_drop"), stored["p_drop"])
+        stored = both | stored
     return stored
+
+
+def needs_prompt(options, stage):
+    """What to tell before a caption is written without a prompt; "" where that was learned.
+
+    options: those in train.json, with any of the stages' dropout."""
+    name = f"{stage}_p_drop"
+    if options.get(name) != 0:
+        return ""
+    return f"{name} was 0: with its prompt always there, it never learned to caption without one"
 
 
 def check_config(folder, stored, config):

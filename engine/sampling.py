@@ -31,6 +31,8 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "many times slower (always so with the published weights)",
     "understand out": "text file to write the caption to as well; with --videos: {video, caption} "
     "as JSON lines, to go on with where it is",
+    "understand prompt": "the brief prompt of --video, where there is one (default: none). The "
+    "model believes it: what a wrong prompt says may stand in the caption",
     "generate prompt": 'what to draw, for example "a red circle moving right"; empty: --caption '
     "alone says it",
     "joint prompt": 'what to draw, for example "a red circle moving right"; empty: anything',
@@ -63,6 +65,8 @@ def parse(argv, description):
         sub = modes.add_parser(mode, help=about, description=about, usage=usage)
         add_flags(sub, mode)
     flags = parser.parse_args(argv)
+    if flags.mode == "understand" and flags.prompt is not None and flags.videos is not None:
+        parser.error("--prompt goes with one --video, found --videos")
     if flags.mode == "generate" and flags.caption and flags.prompts:
         parser.error("--caption goes with one --prompt, found --prompts")
     many = "videos" if flags.mode == "understand" else "prompts"
@@ -83,6 +87,7 @@ def add_flags(parser, mode):
     if mode == "understand":
         add("video", one_of)
         add("videos", one_of)
+        add("prompt")
         add("recompute-video", action="store_true")
     else:
         add("prompt", one_of)

@@ -9,6 +9,25 @@ import torch
 from univigu import Config
 
 
+def checked_sampling(sampling, default):
+    """World.sampling as a checkpoint stores it; `default` where that is None, an older one.
+
+    Raises ValueError for what no sampler takes.
+    """
+    if sampling is None:
+        return default
+    named = isinstance(sampling, dict) and sampling.keys() == default.keys()
+    if not named or not all(isinstance(options, dict) for options in sampling.values()):
+        raise ValueError(f"sampling is {sampling!r:.60}, wanted {', '.join(default)}")
+    for mode, options in sampling.items():
+        for name, value in options.items():
+            if name not in ("steps", "guidance", "shift", "reuse_video"):
+                raise ValueError(f"sampling of {mode} has {name!r:.60}, which no sampler takes")
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{name} of {mode} is {value!r:.60}, wanted a number")
+    return sampling
+
+
 class Codec(Protocol):
     """Turns frames into video latents and back."""
 
@@ -62,7 +81,7 @@ class Split(Protocol):
 
     def __getitems__(self, indices) -> dict[str, torch.Tensor]:
         """B indices -> a batch: "z_v" (B, C, F, H, W) and "c" (B, L, width), float32, and
-        "prompt" and "caption" (B, N), int64.
+        "prompt" and "caption" (B, N), int64; without those that the world's `texts` lack.
         """
 
 
@@ -124,9 +143,13 @@ class World(Protocol):
         do not share checkpoints.
         """
 
+    sampling: dict[str, dict]
+    """Mode, "understand", "generate" or "joint" -> arguments of its sampler by default. `state` has
+    it, so that a checkpoint is sampled as its recipe says."""
+
     @property
-    def sampling(self) -> dict[str, dict]:
-        """Mode, "understand", "generate" or "joint" -> arguments of its sampler by default."""
+    def texts(self) -> tuple[str, ...]:
+        """Which texts every clip has: "prompt", "caption"."""
 
     @property
     def fixed_size(self) -> bool:
@@ -161,3 +184,37 @@ class World(Protocol):
         elapsed: seconds of training so far. has_text: the model has learned text, not video alone.
         Writes results.json into `out`, and what each mode made of some clips.
         """
+
+
+# What worlds must agree in for one model to learn in both.
+ALIKE = "latents", "codec", "prompt_encoder", "prompt_dim", "prompt_len", "text_len", "vocab_size"
+
+
+def by_stage(stages, make):
+    """stages: name -> (its data, the text that it learns to write, or None) -> name -> World.
+
+    make(data, the other stages' data) makes a world. Raises ValueError where worlds do not go
+    together, or lack a text.
+    """
+    made: dict[str, World] = {}
+    for stage, (data, text) in stages.items():
+        others = sorted({other for other, _ in stages.values()} - {data})
+        if others and "toy" in (data, *others):
+            raise ValueError(f"data are {data!r} and {others[0]!r}, wanted folders, or the toy")
+        if data not in made:
+            made[data] = make(data, others)
+        if text not in (None, *made[data].texts):
+            raise ValueError(
+                f"data {data} has no {text}s, which stage {stage} learns to write, wanted "
+                f"--{stage}-data with them, or --stages without {stage}"
+            )
+    (first, world), *rest = made.items()
+    for data, other in rest:
+        for name in ALIKE:
+            theirs, ours = other.state.get(name), world.state.get(name)
+            if theirs != ours:
+                raise ValueError(
+                    f"{name} is {ours!r} in {first}, but {theirs!r} in {data}, wanted data that "
+                    "were prepared alike"
+                )
+    return {stage: made[data] for stage, (data, _) in stages.items()}

@@ -161,7 +161,15 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
         assert results["mean and spread"]["base"]["drawn"] == [drawn, 0.0]
         assert 0 < (tmp_path / name / "figure.png").stat().st_size < 60_000
     variants = {p.parent.name for p in tmp_path.glob("*/seed0")}
-    assert variants == {"generator", "base", "shared FFN", "FFN_t an eighth", "FFN_t half", "copied FFN_t", "no video loss"}
+    assert variants == {
+        "generator",
+        "base",
+        "shared FFN",
+        "FFN_t an eighth",
+        "FFN_t half",
+        "copied FFN_t",
+        "no video loss",
+    }
     assert results["variants"]["no video loss"]["arguments"] == {
         "loss": "uni_flow_loss(lambda_v=0.0)"
     }

@@ -54,7 +54,7 @@ def save(folder, stage="refine", **changed):
     model.save_pretrained(folder)
     for name, values in {
         "config": dataclasses.asdict(model.config),
-        "world": World.state,
+        "world": World().state,
         "train": {"stage": stage},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(values))

@@ -469,7 +469,10 @@ def test_flags_in_the_text_are_flags_of_a_program(help_of):
     programs = [("sample.py", mode) for mode in MODES]
     programs += [
         (name, None)
-        for name in ("train.py", "wan.bench", "wan.prepare", "wan.caption", "toy.experiments")
+        for name in (
+            *("train.py", "wan.bench", "wan.prepare", "wan.caption"),
+            *("toy.experiments", "toy.judge"),
+        )
     ]
     known = {flag for program in programs for flag in re.findall(r"--[\w-]+", help_of(*program))}
     for document in DOCUMENTS:

@@ -214,7 +214,7 @@ def test_understand_sees_what_generate_wrote(suffix, use, clips, work, monkeypat
     monkeypatch.setattr(
         sample,
         "understand",
-        lambda model, z_v, **kwargs: seen.append(z_v) or real(model, z_v, **kwargs),
+        lambda model, z_v, c, **kwargs: seen.append(z_v) or real(model, z_v, c, **kwargs),
     )
     use("generate", "--prompt", PROMPT, "--out", "new/folder/clip" + suffix)
     use("understand", "--video", "new/folder/clip" + suffix)
@@ -274,6 +274,93 @@ def test_the_video_is_computed_once_unless_told_otherwise(use, clips, work, monk
     for flags in ([], ["--recompute-video"]):
         use("understand", "--video", "clip.npy", *flags)
     assert calls == [True, False]
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompt", PROMPT]], ids=["none", "prompt"])
+def test_understand_may_have_the_videos_prompt(flags, use, clips, work, monkeypatch):
+    write_video("clip.npy", clips[0][:1])
+    calls, real = [], sample.understand
+    monkeypatch.setattr(
+        sample, "understand", lambda *args, **kwargs: calls.append(args[2]) or real(*args, **kwargs)
+    )
+    use("understand", "--video", "clip.npy", *flags)
+    (c,) = calls
+    if flags:
+        wanted = World().prompt_encoder([PROMPT])
+        assert torch.equal(c, wanted[:, : c.shape[1]]) and not wanted[:, c.shape[1] :].any()
+    else:
+        assert c is None
+
+
+def rewritten(folder, out, name, change):
+    """A copy of a checkpoint in which `change` has worked on the object in a JSON file."""
+    shutil.copytree(folder, out)
+    content = json.loads((out / name).read_text())
+    change(content)
+    (out / name).write_text(json.dumps(content))
+    return out
+
+
+@pytest.mark.parametrize("stage, p_drop, told", [("refine", 0, True), ("refine", 0.1, False)])
+def test_a_model_that_always_had_its_prompt_says_so_where_it_has_none(
+    stage, p_drop, told, checkpoints, clips, work, capsys
+):
+    write_video("clip.npy", clips[0][:1])
+    set_p = lambda content: content["train"].update({f"{stage}_p_drop": p_drop})
+    folder = rewritten(checkpoints / stage, work / "kept", "train.json", set_p)
+    describe = ["understand", "--checkpoint", str(folder), "--video", "clip.npy"]
+    for flags, wanted in (([], told), (["--prompt", PROMPT], False)):
+        sample.main([*describe, *flags])
+        said = capsys.readouterr().err
+        assert ("never learned" in said and "give --prompt" in said) == wanted
+        assert len(said.splitlines()) == wanted
+
+
+def test_a_checkpoint_samples_as_its_recipe_says_unless_told_otherwise(
+    checkpoints, clips, work, monkeypatch
+):
+    write_video("clip.npy", clips[0][:1])
+    folder = rewritten(
+        checkpoints / "refine",
+        work / "even",
+        "world.json",
+        lambda content: content.update(sampling=train.PAPER_SAMPLING),
+    )
+    for mode, what in (
+        ("understand", ["--video", "clip.npy"]),
+        ("generate", ["--prompt", PROMPT]),
+        ("joint", ["--prompt", PROMPT]),
+    ):
+        calls, real = [], getattr(sample, mode)
+        monkeypatch.setattr(
+            sample, mode, lambda *a, calls=calls, real=real, **k: calls.append(k) or real(*a, **k)
+        )
+        sample.main([mode, "--checkpoint", str(folder), *what])
+        sample.main([mode, "--checkpoint", str(folder), *what, "--steps", "2"])
+        for k, kwargs in zip((20, 2), calls):
+            wanted = train.PAPER_SAMPLING[mode] | {"steps": k}
+            assert {name: kwargs[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "sampling, words",
+    [
+        ([1], "sampling is [1], wanted understand"),
+        ({"understand": {}, "generate": {}, "joint": {"warp": 9}}, "joint has 'warp'"),
+        ({"understand": {}, "generate": {"steps": "x"}, "joint": {}}, "steps of generate is 'x'"),
+    ],
+)
+def test_what_is_no_sampling_is_refused(sampling, words, checkpoints, work, capsys):
+    folder = rewritten(
+        checkpoints / "refine",
+        work / "odd",
+        "world.json",
+        lambda content: content.update(sampling=sampling),
+    )
+    text = conftest.refusal(
+        capsys, sample.main, "joint", "--checkpoint", folder, "--prompt", PROMPT
+    )
+    assert words in text
 
 
 @pytest.mark.parametrize("mode", ["understand", "generate", "joint"])

@@ -334,7 +334,9 @@ def spied(monkeypatch, out, *flags):
 
 
 def test_stages_differ_in_the_target_text_and_steps_in_their_clips_and_noise(monkeypatch, tmp_path):
-    calls, _ = spied(monkeypatch, tmp_path, "--seed", "3", "--recall-p-drop", "0.6", "--refine-p-drop", "0.2")
+    calls, _ = spied(
+        monkeypatch, tmp_path, "--seed", "3", "--recall-p-drop", "0.6", "--refine-p-drop", "0.2"
+    )
     assert len(calls) == STEPS
     for step, ((_, z_v, y, c), kwargs) in enumerate(calls):
         batch = World(3).dataset("train").__getitems__(range(4 * step, 4 * step + 4))

@@ -1266,6 +1266,35 @@ def test_x1_sampling_ends_at_the_row_predicted():
     )
 
 
+@pytest.mark.parametrize("steps, shift", [(8, 1.0), (20, 4.0)])
+def test_x1_sampling_of_a_known_distribution_draws_it_and_ends_on_its_points(steps, shift):
+    """Each token is one of two, 3 with probability .3: its posterior mean is known exactly."""
+    model, n, ends = build(text_output="x1"), 4000, []
+    tokens, prior = torch.tensor([3, 7]), torch.tensor([0.3, 0.7])
+    rows = model.embedding_matrix()[tokens].detach()  # (2, d)
+
+    def exact(z_v, z_t, tau_v, tau_t, c):
+        tau = tau_t[:, None, None]
+        squares = (z_t[:, :, None] - tau[..., None] * rows).square().sum(-1)  # (B, N, 2)
+        posterior = (prior.log() - squares / (2 * (1 - tau).square())).softmax(-1)
+        return None, model.text_velocity(posterior @ rows, z_t, tau_t)
+
+    exact.config, exact.text_flow, exact.decode = model.config, model.text_flow, model.decode
+    y_hat = understand(
+        exact,
+        torch.zeros(n, 1, 1, 1, 1),
+        steps=steps,
+        shift=shift,
+        length=1,
+        generator=seeded(0),
+        callback=lambda *args: ends.append(args[4]),
+    )
+    assert set(y_hat.unique().tolist()) == {3, 7}
+    assert (y_hat == 3).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    away = (ends[-1] - model.embed(y_hat)).norm(dim=-1)  # nothing is left of the noise
+    assert away.quantile(0.99) < 0.01 * rows.norm(dim=-1).mean()
+
+
 # ---------------------------------------------------------------- guidance
 
 

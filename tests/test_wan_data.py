@@ -36,7 +36,7 @@ from univigu import Config, UniViGU
 from wan import caption, prepare
 from wan.codec import Codec, PromptEncoder, Tokenizer
 from wan.data import World
-from wan.shards import FIELDS, FORMAT, Shards, held_out, read_header
+from wan.shards import FIELDS, FORMAT, Shards, held_out, read_header, read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -702,6 +702,46 @@ def test_torchrun_gives_the_clips_of_one_process(whole, usual, tmp_path):
 
 
 # ---------------------------------------------------------------- the dataset
+
+
+def test_an_index_without_captions_gives_clips_for_recall(
+    go, films, whole, tmp_path, capsys, limits
+):
+    rows = [row("a.mp4"), row("c.mov")]
+    for r in rows:
+        del r["caption"]
+    write_index(tmp_path / "prompts.jsonl", rows)
+    index = ["--index", str(tmp_path / "prompts.jsonl")]
+    go(tmp_path / "out", *index)
+    said = capsys.readouterr().out
+    assert "serve stage recall alone" in said
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["texts"] == ["prompt"] and read_manifest(whole)["texts"] == [
+        "prompt",
+        "caption",
+    ]
+    dataset = Shards(tmp_path / "out")
+    batch = dataset.__getitems__([0])
+    assert batch.keys() == {"z_v", "c", "prompt"}
+    assert World(tmp_path / "out").texts == ("prompt",)
+
+    rows[1]["caption"] = CAPTION  # a caption in one row: then all need one
+    write_index(tmp_path / "mixed.jsonl", rows)
+    go(tmp_path / "mixed", "--index", str(tmp_path / "mixed.jsonl"))
+    (left_out,) = rejected(tmp_path / "mixed")
+    assert left_out["line"] == 1 and left_out["reason"] == "caption is missing or no string"
+
+
+def test_folders_of_before_captions_were_optional_are_read(whole, tmp_path):
+    old = shutil.copytree(whole, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest.pop("texts") == ["prompt", "caption"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    a, b = Shards(whole)[0], Shards(old)[0]
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    (old / "manifest.json").write_text(json.dumps(manifest | {"texts": ["smell"]}))
+    with pytest.raises(ValueError, match="texts .'smell'."):
+        Shards(old)
 
 
 def test_the_dataset_gives_what_is_stored(whole, wan):

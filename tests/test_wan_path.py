@@ -43,6 +43,10 @@ ONE_STEP = "--stages refine --refine-steps 1 --batch 1 --eval-clips 0".split()
 PROMPTS = ["a red ball moves right", "a blue box moves up", "a green cat"]
 
 
+def start(path):
+    return ["--init", path / "wan"]
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -78,6 +82,10 @@ def path(tmp_path_factory):
     write_rows(root / "index.jsonl", rows)
     prepare_into(root / "data", root, root / "index.jsonl")
     trained(root / "data", root / "run", "--init", root / "wan", *TRAIN)
+    for row in rows:
+        del row["caption"]
+    write_rows(root / "prompts.jsonl", rows)
+    prepare_into(root / "prompts", root, root / "prompts.jsonl")
     (root / "seconds").write_text(str(time.time() - begin))
     return root
 
@@ -116,7 +124,7 @@ def test_stages_start_from_the_generator_and_move_every_text_parameter(path):
     assert 0 < max(gaps) < 0.01  # three steps of 2e-4: it is still Wan
 
 
-def test_the_run_uses_the_papers_settings_and_the_vocabulary_of_the_data(path):
+def test_the_run_uses_the_papers_settings_and_all_of_umt5s_tokens(path):
     stored = read_json(path / "run" / "refine" / "train.json")["train"]
     assert (stored["clocks"], stored["anchor"]) == ("independent", 0.0)
     assert (stored["recall_optimizer"], stored["recall_lr"], stored["refine_lr"]) == (
@@ -127,10 +135,12 @@ def test_the_run_uses_the_papers_settings_and_the_vocabulary_of_the_data(path):
     config = read_json(path / "run" / "refine" / "config.json")
     manifest = read_json(path / "data" / "manifest.json")
     world = read_json(path / "run" / "refine" / "world.json")
-    assert config["vocab_size"] == len(manifest["vocabulary"]) == len(world["vocabulary"]) < 60
+    assert config["vocab_size"] == manifest["vocab_size"] > len(manifest["vocabulary"])
+    assert world["vocabulary"] is None and world["sampling"] == wan.World.sampling
     results = read_json(path / "run" / "results.json")
     assert results["clips"] == 3 and results["loss"]["train"]["video (caption)"] > 0
     assert len(results["captions"]) == 2 and isinstance(results["joint"], str)
+    assert results["captions"][0].keys() == {"written", "with prompt", "wanted"}
     for mode in ("generate", "joint"):
         assert len(frames_of(path / "run" / f"{mode}.mp4")[0]) == 9
 
@@ -149,6 +159,75 @@ def test_three_modes_from_and_to_files(path, checkpoint, tmp_path, capsys):
     said = use(capsys, *describe, "--out", text)
     assert said == text.read_text()
     assert said == use(capsys, *describe)  # the same seed
+
+
+def test_words_that_the_data_never_had_may_be_asked_for(path, tmp_path, capsys):
+    here = ["--checkpoint", path / "run" / "refine", *SIZE, "--out", tmp_path / "drawn.mp4"]
+    for mode in ("generate", "joint"):
+        use(capsys, mode, *here, "--prompt", "Zeppelins, 99 of them!")
+    trained(path / "data", tmp_path / "run", "--vocabulary", "data", *start(path), *ONE_STEP)
+    manifest = read_json(path / "data" / "manifest.json")
+    config = read_json(tmp_path / "run" / "refine" / "config.json")
+    assert config["vocab_size"] == len(manifest["vocabulary"]) < 60
+    here[1] = tmp_path / "run" / "refine"
+    assert "Zeppelins" in refused(capsys, "generate", *here, "--prompt", "Zeppelins, 99 of them!")
+
+
+# ---------------------------------------------------------------- two sets of data
+
+
+def test_each_stage_may_have_its_own_data_and_recall_needs_no_captions(path, tmp_path, capsys):
+    seen = []
+
+    def loss(model, z_v1, y, *args, **options):
+        seen.append(y)
+        return uni_flow_loss(model, z_v1, y, *args, **options)
+
+    sets = ["--recall-data", path / "prompts", "--refine-data", path / "data"]
+    for vocabulary in ("full", "data"):
+        out, seen[:] = tmp_path / vocabulary, []
+        flags = [*sets, *start(path), *TRAIN, "--vocabulary", vocabulary, "--out", out]
+        train.main([str(flag) for flag in flags], loss=loss)
+        world = wan.World.restore(read_json(out / "refine" / "world.json"))
+        texts = [set(world.tokenizer.decode(y)) for y in seen]
+        assert all(said <= {*PROMPTS} for said in texts[:3])
+        assert all(said and not said & {*PROMPTS} for said in texts[3:])
+    assert (tmp_path / "data" / "results.json").exists()
+
+
+def test_recall_alone_learns_and_is_measured_without_captions(path, tmp_path, capsys):
+    flags = [*start(path), *TRAIN]
+    for stages in ([], ["--stages", "refine"]):
+        with pytest.raises(SystemExit):
+            trained(path / "prompts", tmp_path / "no", *flags, *stages)
+        assert "no captions, which stage refine learns to write" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+    trained(path / "prompts", tmp_path / "run", *flags, "--stages", "recall")
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["captions"][0]["wanted"] in PROMPTS
+    assert not any("(caption)" in name for name in results["loss"]["train"])
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--latents", "raw"], ["latents is", "'raw'", "'normalised'"]),
+        (["--prompt-tokens", "0-150"], ["text_len is", "150", "128"]),
+    ],
+)
+def test_two_sets_that_differ_in_what_a_model_sees_are_refused(more, words, path, tmp_path, capsys):
+    prepare_into(tmp_path / "other", path, path / "prompts.jsonl", *more)
+    flags = ["--recall-data", tmp_path / "other", *start(path), *TRAIN]
+    with pytest.raises(SystemExit):
+        trained(path / "data", tmp_path / "run", *flags)
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert all(word in line for word in words) and not (tmp_path / "run").exists()
+
+
+def test_the_toy_and_a_folder_do_not_go_together(path, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        trained("toy", tmp_path / "run", "--recall-data", path / "prompts")
+    assert "wanted folders, or the toy" in capsys.readouterr().err
 
 
 def test_many_prompts_and_a_folder_of_videos(path, tmp_path, capsys):
@@ -228,7 +307,9 @@ def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_
 
 
 def test_stages_may_go_on_from_a_runs_checkpoint_but_not_with_other_tokens(path, tmp_path):
-    again = ["--init", path / "run" / "recall", *ONE_STEP]
+    data_alone = ["--vocabulary", "data", *ONE_STEP]
+    trained(path / "data", tmp_path / "first", *start(path), *data_alone)
+    again = ["--init", tmp_path / "first" / "refine", *data_alone]
     trained(path / "data", tmp_path / "again", *again)
     assert (tmp_path / "again" / "refine" / "model.safetensors").is_file()
     rows = read_rows(path / "index.jsonl")

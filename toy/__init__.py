@@ -17,9 +17,9 @@ from .codec import Codec
 class World:
     """An engine.world.World of clips that are drawn on the fly, endlessly."""
 
-    sampling = evaluation.SAMPLING
+    sampling: dict = evaluation.SAMPLING
     sizes: dict = {}
-    state = {"world": "toy"}
+    texts = ("prompt", "caption")
     fixed_size = True
     fps = 8
     negative_prompt = ""
@@ -34,6 +34,10 @@ class World:
         self.frame_shape = (3, shapes.T, shapes.H, shapes.W)
         self.frame_sizes = [(shapes.H, shapes.W)]
         self.text_len = words.N
+
+    @property
+    def state(self):
+        return {"world": "toy", "sampling": self.sampling}
 
     def check(self, config):
         """Raises ValueError where a model's sizes do not fit the toy's."""

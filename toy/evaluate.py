@@ -36,7 +36,7 @@ SPLITS = (("seen", ""), ("unseen", "_unseen"))  # and what ends the names of its
 
 @dataclass
 class Found:
-    """What a model made of n clips. One that has not learned text leaves the last four empty."""
+    """What a model made of n clips. One that has not learned text leaves the last five empty."""
 
     truth: torch.Tensor  # (n, 7) int64, the clips' attributes
     prompts: list[str]
@@ -44,6 +44,7 @@ class Found:
     drawn: Sequence[torch.Tensor]  # videos of generate(), (3, T, H, W) each
     frames: Sequence[torch.Tensor] = ()  # the clips after the codec, which understand() saw
     captions: Sequence[str] = ()  # what it wrote
+    prompted: Sequence[str] = ()  # and with the prompt at hand
     joint_frames: Sequence[torch.Tensor] = ()
     joint_captions: Sequence[str] = ()
 
@@ -69,17 +70,21 @@ def sample_batch(model, world, dataset, indices, has_text):
     generator = torch.Generator().manual_seed(world.seed * 1_000_003 + indices[0])
     y, c = batch["caption"] if has_text else None, batch["c"]
 
-    z_v = generate(model, y, c, world.shape, generator=generator, **SAMPLING["generate"])
+    z_v = generate(model, y, c, world.shape, generator=generator, **world.sampling["generate"])
     drawn = world.codec.decode(z_v.cpu())
     found = Found(truth, words.brief(truth), words.detailed(truth), drawn)
     if has_text:
-        y_hat = understand(model, batch["z_v"], generator=generator, **SAMPLING["understand"])
+        options = world.sampling["understand"]
+        y_hat = understand(model, batch["z_v"], generator=generator, **options)
         found.frames = world.codec.decode(batch["z_v"].cpu())
         found.captions = world.tokenizer.decode(y_hat.cpu())
 
-        z_v, y_hat = joint(model, c, world.shape, generator=generator, **SAMPLING["joint"])
+        z_v, y_hat = joint(model, c, world.shape, generator=generator, **world.sampling["joint"])
         found.joint_frames = world.codec.decode(z_v.cpu())
         found.joint_captions = world.tokenizer.decode(y_hat.cpu())
+
+        y_hat = understand(model, batch["z_v"], c, generator=generator, **options)
+        found.prompted = world.tokenizer.decode(y_hat.cpu())
     return found
 
 
@@ -155,6 +160,7 @@ def compare(found):
         seen = oracle.read(torch.stack(list(found.joint_frames)))
         comparisons |= {
             "understanding.attribute_accuracy": Comparison(said(found.captions), found.truth, ALL),
+            "understanding.with_prompt": Comparison(said(found.prompted), found.truth, ALL),
             "joint.agreement": Comparison(said(found.joint_captions), seen, ALL),
             "joint.prompt_followed": Comparison(seen, found.truth, BRIEF),
         }
@@ -187,6 +193,7 @@ def figures(results):
     measures = (
         ("understanding", "attribute_accuracy"),
         ("understanding", "exact_match"),
+        ("understanding", "with_prompt"),
         ("generation", "attribute_accuracy"),
         ("joint", "agreement"),
         ("joint", "prompt_followed"),

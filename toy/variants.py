@@ -167,7 +167,7 @@ class FewClips(toy.World):
         return FewShapes(self, split, self.distinct)
 
 
-def few_clips(distinct, data, seed, vocabulary="data"):
+def few_clips(distinct, data, seed, vocabulary="full"):
     return FewClips(distinct, seed)
 
 

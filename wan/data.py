@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.video import FPS
+from engine.world import checked_sampling
 
 from .evaluate import evaluate
 from .published import latents_of
@@ -36,23 +37,25 @@ class World:
     `shape` and `frame_shape` are those of the most frequent size. `codec`, `prompt_encoder` and
     `tokenizer` are loaded when first used, from `wan` (default: what the data were prepared with),
     and refused unless they are the ones that prepared the data. full_vocabulary: V is umT5's whole
-    vocabulary, not just the tokens that occur in the data.
+    vocabulary, not just the tokens that occur in the data and in those of the folders `also`.
     """
 
     fixed_size = False
     fps = FPS
     negative_prompt = NEGATIVE_PROMPT
     endings = (".mp4", ".mov", ".webm", ".gif")
-    sampling = {
+    sampling: dict = {
         "understand": {"steps": 50, "guidance": 1.0, "reuse_video": True},
         "generate": {"steps": 50, "guidance": 5.0, "shift": 3.0},
         "joint": {"steps": 50, "guidance": 5.0, "shift": 3.0},
     }
 
-    def __init__(self, folder, seed=0, wan=None, device="cpu", full_vocabulary=False):
-        manifest = read_manifest(folder)
-        self.adopt(state_of(manifest, wan, full_vocabulary), Path(folder), device)
-        self.seed = seed
+    def __init__(self, folder, seed=0, wan=None, device="cpu", full_vocabulary=False, also=()):
+        manifest, others = read_manifest(folder), [read_manifest(other) for other in also]
+        tokens = {token for of in (manifest, *others) for token in of["vocabulary"]}
+        vocabulary = None if full_vocabulary else sorted(tokens)
+        self.adopt(state_of(manifest, wan, vocabulary), Path(folder), device)
+        self.seed, self.texts = seed, tuple(manifest["texts"])
         self.shapes = [tuple(bucket["z_v"]) for bucket in manifest["buckets"].values()]
 
     @classmethod
@@ -64,17 +67,23 @@ class World:
         """
         world = cls.__new__(cls)
         world.adopt(WANS_OWN | state, "its checkpoint's data", device)
-        world.seed, world.shapes = 0, [world.shape]
+        world.seed, world.shapes, world.texts = 0, [world.shape], ()
         return world
 
     def adopt(self, state, source, device):
         """Sets what a state says. source: what messages call the data."""
-        self.state, self.source, self.device = state, source, torch.device(device)
+        self.stored, self.source, self.device = state, source, torch.device(device)
+        self.sampling = checked_sampling(state.get("sampling"), self.sampling)
         self.wan, self.vocabulary = state["wan"], state["vocabulary"]
         self.shape, self.frame_shape = tuple(state["shape"]), tuple(state["frame_shape"])
         self.frame_sizes = [tuple(size) for size in state["frame_sizes"]]
         self.text_len = state["text_len"]
         self.datasets: dict[str, Shards] = {}
+
+    @property
+    def state(self):
+        """What a checkpoint stores."""
+        return self.stored | {"sampling": self.sampling}
 
     @property
     def vocab_size(self):
@@ -89,7 +98,11 @@ class World:
         """The clips of "train" or "val" as Shards."""
         if split not in self.datasets:
             self.datasets[split] = Shards(
-                self.source, seed=self.seed, split=split, full_vocabulary=self.vocabulary is None
+                self.source,
+                seed=self.seed,
+                split=split,
+                full_vocabulary=self.vocabulary is None,
+                vocabulary=self.vocabulary,
             )
         return self.datasets[split]
 
@@ -153,8 +166,10 @@ class World:
         return part
 
 
-def state_of(manifest, wan, full_vocabulary):
-    """What a checkpoint stores of prepared data: World.state."""
+def state_of(manifest, wan, vocabulary):
+    """What a checkpoint stores of prepared data: World.state, but for sampling.
+
+    vocabulary: the ids of the tokens that the model may write, None: all."""
 
     def clips(entry):
         return entry[1]["clips"]
@@ -168,6 +183,6 @@ def state_of(manifest, wan, full_vocabulary):
         "shape": tuple(bucket["z_v"]),
         "frame_shape": (3, *sizes[most]),
         "frame_sizes": sorted({size[1:] for size in sizes.values()}),
-        "vocabulary": None if full_vocabulary else manifest["vocabulary"],
+        "vocabulary": vocabulary,
         **{name: manifest[name] for name in (*kept, "vocab_size")},
     }

@@ -35,7 +35,8 @@ def evaluate(world, model, out, clips, elapsed, has_text):
     for mode, frames in drawn.items():
         write_video(out / f"{mode}.mp4", frames, world.fps)
 
-    captions = [{name: told[name] for name in ("written", "wanted")} for told in described]
+    told = ("written", "with prompt", "wanted")
+    captions = [{name: row[name] for name in told} for row in described]
     results = {"seed": world.seed, "split": split, "clips": clips, "captions": captions}
     if has_text:
         results["joint"] = written
@@ -64,7 +65,7 @@ def measure(world, model, data, clips, has_text):
     losses = {}
     for i in range(clips):
         batch = one_clip(data, i, model)
-        for target in ("prompt", "caption") if has_text else (None,):
+        for target in world.texts if has_text else (None,):
             generator = torch.Generator().manual_seed(world.seed * 1_000_003 + i)
             y = batch[target] if target else None
             _, parts = uni_flow_loss(model, batch["z_v"], y, batch["c"], generator=generator)
@@ -75,16 +76,22 @@ def measure(world, model, data, clips, has_text):
 
 
 def describe(world, model, data, clips):
-    """What the model writes of the first clips: dicts of "written", "wanted" and "frames"."""
-    found = []
+    """What the model writes of the first clips.
+
+    Dicts of "written", without a prompt, "with prompt", "wanted", the clip's longest text, and
+    "frames".
+    """
+    found, options = [], world.sampling["understand"]
     for i in range(clips):
         batch = one_clip(data, i, model)
-        y_hat = understand(
-            model, batch["z_v"], generator=seeded(world), **world.sampling["understand"]
-        )
-        written, wanted = world.tokenizer.decode(torch.cat([y_hat, batch["caption"]]).cpu())
+        y = [
+            understand(model, batch["z_v"], c, generator=seeded(world), **options)
+            for c in (None, batch["c"])
+        ]
+        texts = world.tokenizer.decode(torch.cat([*y, batch[world.texts[-1]]]).cpu())
         frames = world.codec.decode(batch["z_v"][:, :, :3].cpu())[0]  # decoding all takes its time
-        found.append({"written": written, "wanted": wanted, "frames": frames})
+        row = dict(zip(("written", "with prompt", "wanted"), texts))
+        found.append(row | {"frames": frames})
     return found
 
 
@@ -95,7 +102,7 @@ def draw(world, model, data, has_text):
     """
     clip = one_clip(data, 0, model)
     shape = clip["z_v"].shape[1:]
-    y = clip["caption"] if has_text else None
+    y = clip[world.texts[-1]] if has_text else None
     options = world.sampling["generate"]
     drawn = {"generate": generate(model, y, clip["c"], shape, generator=seeded(world), **options)}
     written = None
@@ -110,7 +117,11 @@ def draw(world, model, data, has_text):
 
 
 def show_description(told):
-    lines = [("wanted", told["wanted"]), ("the model wrote", told["written"])]
+    lines = [
+        ("wanted", told["wanted"]),
+        ("the model wrote", told["written"]),
+        ("with the prompt", told["with prompt"]),
+    ]
     return {"mode": "understand", "right": None, "frames": told["frames"], "lines": lines}
 
 
@@ -119,7 +130,7 @@ def show_drawings(world, data, drawn, written):
     clip, has_text = data[0], written is not None
     found = []
     for mode, frames in drawn.items():
-        asked = clip["caption" if has_text and mode == "generate" else "prompt"]
+        asked = clip[world.texts[-1] if has_text and mode == "generate" else "prompt"]
         lines = [("asked", *world.tokenizer.decode(asked[None]))]
         if mode == "joint":
             lines.append(("the model wrote", written))

@@ -62,6 +62,18 @@ def read_index(path, fields):
     return Index(rows, rejected, hashlib.sha256(data).hexdigest())
 
 
+def has_field(path, name):
+    """Whether a line of a JSONL file is an object with that field."""
+
+    def named(line):
+        try:
+            return name in json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            return False
+
+    return any(map(named, Path(path).read_bytes().splitlines()))
+
+
 def read_row(line, fields):
     """A line, bytes -> the strings of `fields`. Raises ValueError, which says what is wrong."""
     try:

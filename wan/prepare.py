@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m wan.prepare --videos DIR --index index.jsonl --out data/clips
 
 A row of the index is {"video": "a/b.mp4", "prompt": "...", "caption": "..."}, the video relative to
-DIR: .mp4, .mov, .webm, .gif, or .png and .jpg as videos of one frame. Videos are retimed to 16 fps,
+DIR: .mp4, .mov, .webm, .gif, or .png and .jpg as videos of one frame. Clips of an index without any
+caption serve stage recall alone. Videos are retimed to 16 fps,
 resized and centre-cropped to the size of nearest aspect ratio, and give their first --frames
 frames. Rows that cannot be used are listed with their reason in rejected.jsonl. A run that was
 stopped goes on when started again; with torchrun every rank takes its share of the rows.
@@ -39,8 +40,8 @@ from .flags import (
     make_parser,
     named,
 )
-from .index import REJECTED, find_video, read_index, read_lines, write_lines
-from .shards import EOS, FORMAT, PAD, read_header
+from .index import REJECTED, find_video, has_field, read_index, read_lines, write_lines
+from .shards import EOS, FIELDS, FORMAT, PAD, TEXTS, read_header
 
 if TYPE_CHECKING:
     from .codec import Codec, PromptEncoder, Tokenizer
@@ -82,7 +83,9 @@ class Part:
             texts = (".prompt", ".caption")
             ids = [tensor for name, tensor in self.tensors.items() if name.endswith(texts)]
             vocabulary = torch.cat(ids).unique().tolist()
+            fields = [name for name in FIELDS if any(n.endswith(f".{name}") for n in self.tensors)]
             header = {"format": FORMAT, "clips": self.clips, "vocabulary": vocabulary}
+            header |= {} if fields == list(FIELDS) else {"fields": fields}
             write_shard(path, self.tensors, header)
             self.clips, self.tensors = [], {}
 
@@ -142,7 +145,7 @@ def merge(out, settings, rows, wan):
             f"all {rows} rows were rejected, line 1 because: {rejected[0]['reason']}; "
             f"see {out / 'rejected.jsonl'}"
         )
-    manifest = settings | counted(headers, clips, rejected, wan)
+    manifest = {"texts": TEXTS} | settings | counted(headers, clips, rejected, wan)
     write_shared(out / "manifest.json", write_json, manifest)
     of_sizes = (f"{bucket['clips']} of {size}" for size, bucket in manifest["buckets"].items())
     print(
@@ -151,6 +154,8 @@ def merge(out, settings, rows, wan):
         f"{len(manifest['vocabulary'])} tokens occur"
     )
     print(f"{len(rejected)} rows rejected, see {out / 'rejected.jsonl'}")
+    if "caption" not in manifest["texts"]:
+        print("no row has a caption: these clips serve stage recall alone (--recall-data)")
 
 
 def line_of(row):
@@ -216,7 +221,7 @@ def are_large(sizes):
 
 
 def check_tokens(tokenizer, limits, *texts):
-    """Prompt and caption -> umT5's ids of each with EOS, int32.
+    """Prompt and, where there is one, caption -> umT5's ids of each with EOS, int32.
 
     Raises ValueError for one whose tokens, EOS not counted, are too few or too many.
     """
@@ -251,10 +256,14 @@ def prepare(flags):
     videos, out = Path(flags.videos), Path(flags.out)
     if not videos.is_dir():
         raise FileNotFoundError(f"--videos {videos} is no folder")
-    index = read_index(flags.index, ("video", "prompt", "caption"))
+    index = read_index(flags.index, ("video", "prompt"))
+    captioned = has_field(flags.index, "caption")
+    if captioned:
+        index = read_index(flags.index, ("video", *TEXTS))
     check_writable(out / "manifest.json")
     encoders = load_encoders(flags, int(os.environ.get("LOCAL_RANK", 0)))
-    settings = settings_of(flags, index, ranks, encoders)
+    texts = TEXTS if captioned else TEXTS[:1]
+    settings = settings_of(flags, index, ranks, encoders, texts)
     begin(out, settings)
     part = Part(out, rank, flags.shard_clips)
 
@@ -286,7 +295,7 @@ def least_frames(flags):
     return flags.frames if flags.min_frames is None else flags.min_frames
 
 
-def settings_of(flags, index, ranks, encoders):
+def settings_of(flags, index, ranks, encoders, texts):
     """All that decides what a clip becomes; tuples as lists, as JSON has them."""
     prompts = encoders.prompts
     settings = {
@@ -308,6 +317,7 @@ def settings_of(flags, index, ranks, encoders):
         "text_len": max(high for _, high in encoders.limits.values()),
         "vocab_size": len(encoders.tokenizer),
     }
+    settings |= {} if texts == TEXTS else {"texts": texts}  # as the present format has it
     return json.loads(json.dumps(settings))
 
 
@@ -332,11 +342,11 @@ def make_clip(line, row, clip, encoders):
     """
     video, *texts = row
     pixels, cut = clip.result()
-    prompt, caption = check_tokens(encoders.tokenizer, encoders.limits, *texts)
-    z_v, c = encode(pixels, texts[0], len(prompt), encoders.codec, encoders.prompts)
+    ids = check_tokens(encoders.tokenizer, encoders.limits, *texts)
+    z_v, c = encode(pixels, texts[0], len(ids[0]), encoders.codec, encoders.prompts)
     t, h, w, _ = pixels.shape
     told = {"line": line, "video": video, "size": [t, h, w], "z_v": list(z_v.shape), "cut": cut}
-    return told, {"z_v": z_v, "c": c, "prompt": prompt, "caption": caption}
+    return told, {"z_v": z_v, "c": c, **dict(zip(TEXTS, ids))}
 
 
 def ahead(function, items):
@@ -374,7 +384,11 @@ def parse(argv):
     parser = make_parser("wan.prepare", __doc__)
     add = parser.add_argument
     add("--videos", required=True, help="folder of the videos")
-    add("--index", required=True, help="JSONL file, a row {video, prompt, caption} a line")
+    add(
+        "--index",
+        required=True,
+        help="JSONL file, a row {video, prompt, caption} a line; captions in all rows, or in none",
+    )
     add(
         "--out",
         type=named("a folder"),

@@ -43,15 +43,17 @@ MANIFEST = {
     "buckets": dict,
     "shards": dict,
 }
+TEXTS = ["prompt", "caption"]  # where an older manifest does not say
 
 
 class Clip(NamedTuple):
-    """A clip as it is stored; prompt and caption are umT5's ids with EOS, int32."""
+    """A clip as it is stored; prompt and caption are umT5's ids with EOS, int32. A set of clips
+    without captions has None there."""
 
     z_v: torch.Tensor  # (C, F, H, W) float16
     c: torch.Tensor  # (tokens of the prompt, width) bfloat16
     prompt: torch.Tensor  # (tokens,)
-    caption: torch.Tensor  # (tokens,)
+    caption: torch.Tensor | None = None  # (tokens,)
 
 
 # ---------------------------------------------------------------- the files
@@ -75,8 +77,10 @@ def open_shard(path):
 def read_header(path):
     """What a shard says of itself.
 
-    A dict of "clips", a list of {"line", "video", "size", "z_v", "cut"}, and "vocabulary", the
-    token ids that occur. Raises ValueError, FileNotFoundError as open_shard.
+    A dict of "clips", a list of {"line", "video", "size", "z_v", "cut"}, "vocabulary", the token
+    ids that occur, and, where clips have no captions, "fields", what they have.
+
+    Raises ValueError, FileNotFoundError as open_shard.
     """
     with open_shard(path) as shard:
         stored, names = shard.metadata() or {}, set(shard.keys())
@@ -88,7 +92,8 @@ def read_header(path):
         raise ValueError(message) from None
     if header.get("format") != FORMAT:
         raise ValueError(f"shard {path} has format {header.get('format')!r}, wanted {FORMAT!r}")
-    if missing := {f"{line}.{name}" for line in lines for name in FIELDS} - names:
+    fields = header.get("fields", FIELDS)
+    if missing := {f"{line}.{name}" for line in lines for name in fields} - names:
         raise ValueError(f"shard {path} lacks {', '.join(sorted(missing))}")
     return header
 
@@ -118,6 +123,8 @@ def read_manifest(folder):
             raise ValueError(
                 f"{path} has {name} {str(value)[:60]!r}, wanted what wan.prepare wrote"
             )
+    if manifest.setdefault("texts", TEXTS) not in (TEXTS, TEXTS[:1]):
+        raise ValueError(f"{path} has texts {manifest['texts']!r}, wanted {TEXTS} or {TEXTS[:1]}")
     for name in manifest["shards"]:
         if Path(name).name != name:
             raise ValueError(f"{path} names the shard {name!r}, wanted a file of its own folder")
@@ -175,14 +182,15 @@ class Shards(Dataset):
     Only their places are kept in memory; a shard is mapped while a clip is read from it. A batch is
     made in one go and comes out collated: a DataLoader needs a batch sampler, see `batch`, and a
     collate_fn that changes nothing. `buckets`: the sizes "TxHxW" in pixels, `bucket` (clips,): each
-    clip's. Token ids count through the tokens that occur in the data, in order, or, with
-    full_vocabulary, are umT5's own. Split "val" is empty where there are no more than 10 videos.
+    clip's. Token ids count through `vocabulary`, umT5's ids in order, default: those that occur in
+    the data; with full_vocabulary they are umT5's own. Split "val" is empty where there are no more
+    than 10 videos.
 
     Raises FileNotFoundError or ValueError for a missing, cut or foreign file, here and when a clip
     is read, and for an unknown split.
     """
 
-    def __init__(self, folder, *, seed=0, split="train", full_vocabulary=False):
+    def __init__(self, folder, *, seed=0, split="train", full_vocabulary=False, vocabulary=None):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
         manifest = read_manifest(folder)
@@ -193,7 +201,9 @@ class Shards(Dataset):
         self.buckets = list(manifest["buckets"])
         self.shapes = [bucket["z_v"] for bucket in manifest["buckets"].values()]
         self.ids = set(manifest["vocabulary"])
-        self.vocabulary = None if full_vocabulary else torch.tensor(manifest["vocabulary"])
+        known = vocabulary or manifest["vocabulary"]
+        self.vocabulary = None if full_vocabulary else torch.tensor(known)
+        self.fields = ("z_v", "c", *manifest["texts"])
 
         places, videos = self.find_clips(manifest["shards"])
         val = held_out(videos)
@@ -258,8 +268,8 @@ class Shards(Dataset):
     def __getitems__(self, indices):
         """B indices of one bucket -> a batch.
 
-        A dict of z_v (B, C, F, H, W) float32, prompt and caption (B, N) int64, c (B, L, width)
-        float32.
+        A dict of z_v (B, C, F, H, W) float32, c (B, L, width) float32, prompt and, where there are
+        captions, caption (B, N) int64.
         """
         found = {self.buckets[b] for b in self.bucket[list(indices)].tolist()}
         if len(found) != 1:
@@ -267,11 +277,14 @@ class Shards(Dataset):
                 f"clips of one batch have sizes {', '.join(sorted(found))}, wanted one size"
             )
         clips = [self.read(index) for index in indices]
+        texts = {
+            name: torch.stack([self.tokens(getattr(clip, name)) for clip in clips])
+            for name in self.fields[2:]
+        }
         return {
             "z_v": torch.stack([clip.z_v for clip in clips]).float(),
-            "prompt": torch.stack([self.tokens(clip.prompt) for clip in clips]),
-            "caption": torch.stack([self.tokens(clip.caption) for clip in clips]),
             "c": torch.stack([self.padded(clip.c) for clip in clips]),
+            **texts,
         }
 
     def __getitem__(self, index):
@@ -282,10 +295,11 @@ class Shards(Dataset):
         """A clip as it is stored. Raises ValueError for tensors of other shapes or dtypes."""
         path, line = self.folder / self.names[self.shard[index]], self.line[index]
         with open_shard(path) as shard:
-            clip = Clip(*(shard.get_tensor(f"{line}.{name}") for name in FIELDS))
+            clip = Clip(*(shard.get_tensor(f"{line}.{name}") for name in self.fields))
         shape = self.shapes[self.bucket[index]]
         if not self.fits(clip, shape):
-            found = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in zip(FIELDS, clip))
+            parts = zip(self.fields, clip)
+            found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in parts)
             raise ValueError(
                 f"shard {path}, line {line} of the index: {found}, wanted z_v {tuple(shape)}, "
                 f"c (at most {self.prompt_len}, {self.prompt_dim}), at most {self.text_len} ids "
@@ -295,13 +309,15 @@ class Shards(Dataset):
 
     def fits(self, clip, shape):
         """Whether a clip holds what the manifest says. shape: its z_v's."""
-        if [x.dtype for x in clip] != list(DTYPES.values()) or list(clip.z_v.shape) != shape:
+        z_v, c, *texts = clip[: len(self.fields)]
+        dtypes = [DTYPES[name] for name in self.fields]
+        if [x.dtype for x in (z_v, c, *texts)] != dtypes or list(z_v.shape) != shape:
             return False
-        if list(clip.c.shape[1:]) != [self.prompt_dim] or len(clip.c) > self.prompt_len:
+        if list(c.shape[1:]) != [self.prompt_dim] or len(c) > self.prompt_len:
             return False
         return all(
             0 < len(ids) <= self.text_len + 1 and self.ids.issuperset(ids.flatten().tolist())
-            for ids in (clip.prompt, clip.caption)
+            for ids in texts
         )
 
     def padded(self, c):
