@@ -31,8 +31,8 @@ Where this differs from the paper, or fills its silence:
     4. clocks="mixture" puts most of a batch on the lines of the (tau_v, tau_t) square that the
        samplers walk; text_shift and joint_shift warp the text's clock. clocks="independent" with
        both shifts 1 is the paper's U(0, 1) x U(0, 1).
-    5. The paper is silent on the text's positions, time embedder and head (here as published), and
-       on guidance, shift and the initial gates (toy/results/README.md).
+    5. The paper is silent on the text's positions, time embedder and head (here as published), on
+       padding (here tokens as others), guidance, shift and gates (toy/results/README.md has all).
 """
 
 import math
@@ -663,8 +663,8 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
                reuse_video=False, generator=None, callback=None):
     """Video -> text: the video is clean (tau_v = 1), and only the text's clock runs (eq. 16).
 
-    z_v (B, C, F, H, W) clean latents; c (B, at most L, prompt_dim), or None for no prompt. length N
-    and shift: the model's own by default. guidance contrasts with a video of pure noise.
+    z_v (B, C, F, H, W) clean latents; c (B, at most L, prompt_dim), which is believed, or None for
+    no prompt. length N, shift: the model's own by default. guidance contrasts with a noise video.
     reuse_video: the first step's keys and values of video and prompt are kept (a KV cache), later
     steps compute the text alone: an approximation, since the video's keys depend on the text.
     callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state after k = 0, 1, ... steps, and the

@@ -21,6 +21,7 @@ import torch
 from conftest import refusal
 from safetensors.torch import load_file
 
+import toy.evaluate
 import train
 from engine import checkpoint, files, metrics
 from engine.checkpoint import Average, checkpoints
@@ -28,9 +29,9 @@ from engine.metrics import Meter
 from engine.optim import Muon, orthogonalise
 from engine.options import Run
 from engine.world import Evaluation
-from toy import World
+from toy import World, judge
 from train import RECIPES, STAGES, Train, make_optimizers, schedule
-from univigu import PRESETS, Config, UniViGU, uni_flow_loss
+from univigu import PRESETS, Config, UniViGU, joint, uni_flow_loss
 from wan.published import PublishedConfig
 
 pytestmark = pytest.mark.usefixtures("one_codec")
@@ -636,6 +637,76 @@ def test_recipe_paper_is_the_papers_choices(monkeypatch, tmp_path):
     )
     stored = json.loads((tmp_path / "refine" / "train.json").read_text())["train"]
     assert stored["recall_optimizer"] == stored["refine_optimizer"] == "adam"
+    assert {kwargs["p_drop"] for kwargs in text[:4]} == {0.7}  # recall's
+    assert {kwargs["p_drop"] for kwargs in text[4:]} == {0.0}  # refinement keeps the prompt
+    for stage in STAGES:
+        world = json.loads((tmp_path / stage / "world.json").read_text())
+        assert world["sampling"] == train.PAPER_SAMPLING
+    paper = train.parse(["--recipe", "paper"])[0]
+    assert paper.recall_steps / (paper.recall_steps + paper.refine_steps) == 0.4  # 40K of 100K
+    assert paper.recall_lr / paper.refine_lr == 4  # 2e-4 and 5e-5
+    for optimizer in train.make_optimizers(calls[0][0][0], "adam", 1e-3, 1e-3):
+        assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_joint_of_the_paper_has_one_clock_and_even_steps():
+    """Eq. 18: both streams move by the same Delta tau."""
+    config = train.parse(["--recipe", "paper"])[2]
+    clocks, world = [], World()
+    model = UniViGU(config).eval()
+    joint(
+        model,
+        torch.zeros(1, 1, config.prompt_dim),
+        world.shape,
+        callback=lambda k, tau_v, tau_t, *_: clocks.append((tau_v, tau_t)),
+        **train.PAPER_SAMPLING["joint"],
+    )
+    assert clocks == [pytest.approx((k / 20, k / 20)) for k in range(21)]
+
+
+def test_the_papers_evaluation_samples_as_the_paper(monkeypatch, tmp_path, capsys):
+    seen = {}
+    for mode in ("understand", "generate", "joint"):
+        real = getattr(toy.evaluate, mode)
+
+        def spy(*args, mode=mode, real=real, **options):
+            seen.setdefault(mode, []).append(options)
+            return real(*args, **options | {"steps": 1})
+
+        monkeypatch.setattr(toy.evaluate, mode, spy)
+    run(tmp_path, "--recipe", "paper", "--eval-clips", "4")
+    for mode, wanted in train.PAPER_SAMPLING.items():
+        for options in seen[mode]:
+            assert {name: options[name] for name in wanted} == wanted
+    assert "refine_p_drop was 0" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 0 <= results["understanding"]["with_prompt"] <= 1
+
+    argv = [str(tmp_path / "refine"), "--guidance", "3", "--steps", "2", "--clips", "4"]
+    seen.clear()
+    judge.main([*argv, "--out", str(tmp_path / "again")])
+    assert {o["guidance"] for o in seen["generate"] + seen["joint"]} == {3.0}
+    assert {(o["guidance"], o["steps"]) for o in seen["understand"]} == {(1.0, 2)}
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["clips"] == 4 and "refine_p_drop was 0" in capsys.readouterr().out
+
+
+def test_judge_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        judge.main([str(tmp_path)])
+    assert end.value.code.startswith("toy.judge: error: ") and str(tmp_path) in end.value.code
+
+
+def test_one_dropout_of_both_stages_in_an_older_checkpoint_is_each_stages(tmp_path):
+    run(tmp_path, "--refine-steps", "2", "--eval-clips", "0")
+    file = tmp_path / "refine" / "train.json"
+    content = json.loads(file.read_text())
+    for stage in ("recall", "refine"):
+        del content["train"][f"{stage}_p_drop"]
+    content["train"]["p_drop"] = 0.25
+    file.write_text(json.dumps(content))
+    found, *_ = train.parse(["--resume", "--out", str(tmp_path)])
+    assert found.recall_p_drop == found.refine_p_drop == 0.25
 
 
 def test_a_flag_is_stronger_than_the_recipe_and_the_recipe_than_the_preset():
