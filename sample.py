@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import wan
 from engine import cost, trajectory
 from engine.checkpoint import needs_prompt
+from engine.distributed import preferred_attention
 from engine.files import check_writable, one_line, read_json, write_text
 from engine.options import run_command
 from engine.rows import append_row, read_rows
@@ -190,10 +191,11 @@ def run(flags):
         return
     if work and large:
         checkpoint.world.codec.vae.enable_tiling()  # in fp32, frames of 720p may not fit
-    if work and flags.mode == "understand":
-        describe(flags, checkpoint, size, options, work)
-    elif work:
-        draw(flags, checkpoint, shape, options, work)
+    with preferred_attention(device):
+        if work and flags.mode == "understand":
+            describe(flags, checkpoint, size, options, work)
+        elif work:
+            draw(flags, checkpoint, shape, options, work)
 
 
 def no_text(checkpoint):

@@ -14,7 +14,6 @@ The stages are one loop with other values: the text's target (STAGES), and --STA
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -392,13 +391,16 @@ class Trainer:
 
     def evaluate(self, stage, clips, out):
         """The world's evaluation, into `out`. Returns its results; a report shows the rest."""
-        evaluable = distributed.evaluable(self.objective, self.machine, self.average)
-        with evaluable as model, tempfile.TemporaryDirectory() as nowhere:
+        here, has_text = not self.machine.rank, STAGES[stage] is not None
+        if here:
             out.mkdir(parents=True, exist_ok=True)
-            folder = nowhere if self.machine.rank else out
-            has_text = STAGES[stage] is not None
-            found = self.world.evaluate(model, folder, clips, self.elapsed(), has_text)
-        if not self.machine.rank and STAGES[stage] and needs_prompt(self.options, stage):
+
+        def measured(model, share):
+            where = out if here else None
+            return self.world.evaluate(model, where, clips, self.elapsed(), has_text, share)
+
+        found = distributed.evaluate(measured, self.objective, self.machine, self.average)
+        if here and has_text and needs_prompt(self.options, stage):
             print(needs_prompt(self.options, stage))
         self.shown = found.shown
         return found.results
@@ -542,8 +544,9 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
     torch.manual_seed(train.seed)
     if source:
         checkpoint.check_world(source, world.state)
-    if run.eval_clips or run.val_every:
-        _ = world.tokenizer, world.codec  # what an evaluation needs is better missed now
+    world.device = machine.device
+    if run.eval_clips or run.val_every:  # what an evaluation needs is better missed now
+        _ = world.tokenizer, machine.rank or world.codec
     for of_stage in worlds.values():
         of_stage.dataset("train")
     for place in (Path(run.out, stage) for stage in train.names()):

@@ -174,10 +174,15 @@ def warp(r, shift):
 
 # -------------------------------------------------------- building blocks
 class CastLinear(nn.Linear):
-    """nn.Linear in its weight's dtype: the residual stream may be fp32 over bf16 weights."""
+    """nn.Linear in its weight's dtype, or autocast's: the residual stream may be fp32."""
+
+    def cast(self, x):
+        """x in the dtype of the product."""
+        auto = torch.is_autocast_enabled(x.device.type)
+        return x.to(torch.get_autocast_dtype(x.device.type) if auto else self.weight.dtype)
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(self.cast(x))
 
 
 class Linear32(nn.Linear):
@@ -297,6 +302,8 @@ class Attention(nn.Module):
         rope: (cos, sin, pairs) of each stream of x, where x attends to itself. Returns (B, n, dim),
         and the keys and values of context, (B, heads, k, head_dim) each.
         """
+        if context is x:  # cast once for q, k and v
+            x = context = self.q.cast(x)
         q = self.heads(self.norm_q(self.q(x)))  # eq. 12
         if context is None:
             return self.attend(q, *memory), None

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import (
 from torch.utils.data import DataLoader
 
 from engine.cost import chosen_parallel
+from engine.world import in_turn
 
 
 @dataclass
@@ -109,7 +110,7 @@ def compiling():
 @contextmanager
 def settings(machine):
     """Within, torch and SIGTERM are set for training."""
-    with obeying_sigterm(machine), compiling(), preferred_attention(machine):
+    with obeying_sigterm(machine), compiling(), preferred_attention(machine.device):
         yield
 
 
@@ -123,17 +124,17 @@ def autocast(machine):
 # ---------------------------------------------------------------- attention
 
 
-def preferred_attention(machine):
-    """A context in which torch takes cuDNN's attention, else FlashAttention: on Hopper the order of
-    their speed."""
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    on_gpu = machine.device.type == "cuda"
-    return sdpa_kernel(order, set_priority=True) if on_gpu else nullcontext()
+def preferred_attention(device):
+    """A context in which torch takes the fastest attention of a device: cuDNN's on Hopper and
+    datacentre Blackwell, else FlashAttention."""
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    major, _ = torch.cuda.get_device_capability(device)
+    # older ones read past the end in the backward pass, where no length is a multiple of 128
+    if major in (9, 10) and (torch.backends.cudnn.version() or 0) > 91500:
+        order.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return sdpa_kernel(order, set_priority=True)
 
 
 def attention_kernel(config, machine):
@@ -141,7 +142,7 @@ def attention_kernel(config, machine):
     dtype = torch.bfloat16 if machine.bf16 else torch.float32
     head_dim = config.dim // config.num_heads
     q = torch.empty(1, config.num_heads, 128, head_dim, device=machine.device, dtype=dtype)
-    with preferred_attention(machine):
+    with preferred_attention(machine.device):
         return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
 
 
@@ -149,14 +150,18 @@ def attention_kernel(config, machine):
 
 
 class Objective(torch.nn.Module):
-    """The loss as a module: what DDP and FSDP wrap, so that one forward uses every parameter."""
+    """The loss as a module: what DDP and FSDP wrap, so that one forward uses every parameter.
+
+    Called with a function, it applies that to the model instead: FSDP gathers within its forward
+    alone.
+    """
 
     def __init__(self, model, loss):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, z_v, y, c, options):
-        return self.loss(self.model, z_v, y, c, **options)
+    def forward(self, z_v, y=None, c=None, options=None):
+        return z_v(self.model) if callable(z_v) else self.loss(self.model, z_v, y, c, **options)
 
 
 def parallelise(model, loss, run, machine, find_unused=False):
@@ -261,25 +266,33 @@ def describe(model, run, machine):
     return f"{count:,} parameters on {how}{machine.device}, {numbers}, {kernel}, {blocks} blocks"
 
 
-@contextmanager
-def evaluable(objective, machine, average):
-    """The model, to be called by all processes in step; only process 0 prints.
+@torch.no_grad()
+def evaluate(function, objective, machine, average):
+    """function(model, share) in all processes; only process 0 prints.
 
-    Whole where FSDP has cut it, and with averaged weights where there are some.
+    The model is whole where FSDP has cut it, and has averaged weights where there are some. share
+    takes functions and returns what they return: all processes call it with the same ones. With a
+    copy of the model in each, a function is called in one of them, else in all, in step.
     """
-    sharded = hasattr(objective, "unshard")
+    copies = isinstance(objective, DistributedDataParallel)
+    whole = objective.module if copies else objective
+
+    def share(jobs):
+        if not copies:
+            return in_turn(jobs)
+        mine = {i: jobs[i]() for i in range(machine.rank, len(jobs), machine.ranks)}
+        parts: list[dict] = [{}] * machine.ranks
+        dist.all_gather_object(parts, mine)
+        done = {i: value for part in parts for i, value in part.items()}
+        return [done[i] for i in range(len(jobs))]
+
+    bare_model(objective).eval()
     with (
         torch.compiler.set_stance("force_eager"),  # evaluation is too short to compile for
         average.in_place() if average else nullcontext(),
         redirect_stdout(None if machine.rank else sys.stdout),
     ):
-        if sharded:
-            objective.unshard()  # the root's parameters; each block gathers its own
-        try:
-            yield bare_model(objective).eval()
-        finally:
-            if sharded:
-                objective.reshard()
+        return whole(lambda model: function(model, share))
 
 
 def local_shard(p):
@@ -291,11 +304,12 @@ def local_shard(p):
 
 
 def no_grad_sync(objective, hold):
-    """A context in which gradients are summed in this process, and with `hold` not yet over all."""
-    if isinstance(objective, DistributedDataParallel):
-        return objective.no_sync() if hold else nullcontext()
-    if hasattr(objective, "set_requires_gradient_sync"):
-        objective.set_requires_gradient_sync(not hold)
+    """A context in which gradients are summed in this process, and with `hold` not yet over all.
+
+    FSDP sums them over all each time: whole ones would take as much as the model.
+    """
+    if isinstance(objective, DistributedDataParallel) and hold:
+        return objective.no_sync()
     return nullcontext()
 
 

@@ -1,5 +1,6 @@
 """What train.py and sample.py ask of a world. toy.World and wan.World are two that answer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +86,11 @@ class Split(Protocol):
         """
 
 
+def in_turn(jobs):
+    """What functions return, called one after the other."""
+    return [job() for job in jobs]
+
+
 @dataclass
 class Evaluation:
     """What an evaluation found."""
@@ -102,6 +108,9 @@ class World(Protocol):
     @property
     def seed(self) -> int:
         """Seed of the order or the making of the clips, and of the evaluation."""
+
+    device: torch.device
+    """Where codec and prompt encoder compute, once they are used."""
 
     @property
     def codec(self) -> Codec:
@@ -177,12 +186,20 @@ class World(Protocol):
         """Raises ValueError where a model's sizes do not fit the data."""
 
     def evaluate(
-        self, model, out: Path | str, clips: int, elapsed: float, has_text: bool
+        self,
+        model,
+        out: Path | str | None,
+        clips: int,
+        elapsed: float,
+        has_text: bool,
+        share: Callable = in_turn,
     ) -> Evaluation:
         """Measures a model on at most `clips` clips of a split, and prints what it found.
 
         elapsed: seconds of training so far. has_text: the model has learned text, not video alone.
-        Writes results.json into `out`, and what each mode made of some clips.
+        Writes results.json into `out`, and what each mode made of some clips. Where there are
+        several processes all of them call this: out is None in those that write nothing and return
+        nothing, and share(jobs) does functions' work in one of them each, see engine.distributed.
         """
 
 

@@ -3,10 +3,12 @@
 import sys
 
 from engine.threads import spin_briefly_beside_others
+from engine.world import in_turn
 
 if sys.argv[0] == "-m":  # a program of this package is about to run
     spin_briefly_beside_others()
 
+import torch
 from torch.utils.data import Dataset
 
 from . import evaluate as evaluation
@@ -20,6 +22,7 @@ class World:
     sampling: dict = evaluation.SAMPLING
     sizes: dict = {}
     texts = ("prompt", "caption")
+    device = torch.device("cpu")  # too small for another
     fixed_size = True
     fps = 8
     negative_prompt = ""
@@ -63,9 +66,9 @@ class World:
         """The clips of "train", "seen" or "unseen". Raises ValueError for another split."""
         return Shapes(self, split)
 
-    def evaluate(self, model, out, clips, elapsed, has_text):
+    def evaluate(self, model, out, clips, elapsed, has_text, share=in_turn):
         """See toy/evaluate.py."""
-        return evaluation.evaluate(model, self, out, clips, elapsed, has_text)
+        return evaluation.evaluate(model, self, out, clips, elapsed, has_text, share)
 
 
 class Shapes(Dataset):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import toy.shapes as shapes
 import toy.words as words
 from engine.files import atomic, write_json
 from engine.video import to_pixels, write_gif
-from engine.world import Evaluation
+from engine.world import Evaluation, in_turn
 from univigu import generate, joint, understand, uni_flow_loss
 
 # How each mode samples unless told otherwise.
@@ -346,20 +347,30 @@ def write_pictures(found, out):
     return {name: texts[0] for name, (_, texts) in pictures.items()}
 
 
-def evaluate(model, world, out, clips, elapsed, has_text):
+def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
     """Measures a model on `clips` clips of each split, and prints a table. Returns an Evaluation.
 
     Writes results.json, samples.png, GIFs and clip.npy into `out`. elapsed: seconds of training
     before; results["wall_s"] is the sum. has_text: the model has learned text, not video alone.
+    share, out None: see engine.world.World.
     """
-    begin, out = time.time(), Path(out)
+    begin = time.time()
+    jobs = [
+        partial(job, model, world, split, clips, has_text)
+        for split, _ in SPLITS
+        for job in (sample_split, held_out_losses)
+    ]
+    done = share(jobs)
+    if out is None:
+        return Evaluation({})
+
+    out = Path(out)
     results = {"seed": world.seed, "clips": clips}
     shown = {}
     for split, suffix in SPLITS:
-        found = sample_split(model, world, split, clips, has_text)
+        found, losses, *done = done
         comparisons = compare(found)
         measure(comparisons, suffix, results)
-        losses = held_out_losses(model, world, split, clips, has_text)
         results.setdefault("loss", {})[split] = losses
         if split == "seen":
             results["pictures"] = write_pictures(found, out)

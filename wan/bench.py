@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 import train
 from engine.cost import PEAK, forward_flops, video_tokens
-from engine.distributed import Machine, parallelise, preferred_attention
+from engine.distributed import Machine, autocast, parallelise, preferred_attention
 from engine.files import check_writable, write_json
+from engine.optim import Guard
 from engine.options import Parser, Run, fail, integers, number, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
 
@@ -151,25 +153,24 @@ def understanding(config, flags, machine):
         for name, runs in found.items():
             steps = flags.understand if repeat else 2
             step = partial(understand, model, z_v, steps=steps, reuse_video=name == "first")
-            with torch.autocast(device.type, torch.bfloat16, enabled=machine.bf16):
+            with autocast(machine), preferred_attention(device):
                 runs.append(measure(step, device)[0])
     return {name: statistics.median(runs[1:]) for name, runs in found.items()}
 
 
 def step_functions(contestant, machine):
-    """A training step and a denoising step of a contestant, as functions."""
+    """A training step, as train.py takes it, and a denoising step of a contestant, as functions."""
     optimizer = torch.optim.Adam(contestant.parameters, lr=1e-5, fused=True)
-    autocast = partial(torch.autocast, machine.device.type, torch.bfloat16, enabled=machine.bf16)
+    guard = Guard(None, 0, [])
 
     def training():
-        with autocast():
+        with autocast(machine):
             loss = contestant.forward()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        guard.step(clip_grad_norm_(contestant.parameters, 1.0), 0, [optimizer])
 
     def denoising():
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(machine):
             contestant.forward()
 
     return training, denoising
@@ -184,7 +185,7 @@ def time_steps(config, flags, machine):
         steps[f"{name}, training step"] = training, 3 * flops
         steps[f"{name}, denoising step"] = denoising, flops
     found = {name: [] for name in steps}
-    with preferred_attention(machine):
+    with preferred_attention(machine.device):
         for _ in range(flags.repeats + 1):  # the first round warms up
             for name, (step, _) in steps.items():
                 found[name].append(measure(step, machine.device))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.video import FPS
-from engine.world import checked_sampling
+from engine.world import checked_sampling, in_turn
 
 from .evaluate import evaluate
 from .published import latents_of
@@ -130,9 +130,9 @@ class World:
                     f"{tuple(grid)}, wanted divisors"
                 )
 
-    def evaluate(self, model, out, clips, elapsed, has_text):
+    def evaluate(self, model, out, clips, elapsed, has_text, share=in_turn):
         """See wan/evaluate.py."""
-        return evaluate(self, model, out, clips, elapsed, has_text)
+        return evaluate(self, model, out, clips, elapsed, has_text, share)
 
     @cached_property
     def codec(self):
