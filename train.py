@@ -257,12 +257,11 @@ class Trainer:
         if STAGES[train.names()[0]] and not self.text_started:
             self.start_text()
         self.options = asdict(train) | asdict(run)
+        find_unused = "generator" in train.names()
+        self.objective = distributed.parallelise(model, loss, run, machine, find_unused)
         if machine.rank == 0:
             print(json.dumps(self.options | asdict(model.config), indent=1))
             print(distributed.describe(model, run, machine), flush=True)
-
-        find_unused = "generator" in train.names()
-        self.objective = distributed.parallelise(model, loss, run, machine, find_unused)
         self.average = Average(model, train.ema) if train.ema else None
         self.saver = Saver(run, machine, self.options, self.world.state)
         before = done if last else {"step": 0, "elapsed": 0.0, "skipped": []}
@@ -533,10 +532,14 @@ def resumed(given, out):
 def prepare(train, run, config, flags, worlds, make_model, load_start):
     """Everything that may fail, before anything of an old run is lost.
 
-    Returns machine, model, and Trainer's last and done. Raises ValueError, OSError, ImportError.
+    Returns run, with what was "auto", machine, model, and Trainer's last and done. Raises
+    ValueError, OSError, ImportError.
     """
     machine = distributed.join_processes(run, train.total_steps())
-    cost.check_memory(cost.parameters(make_model, config), run, machine, train.ema)
+    count = cost.parameters(make_model, config)
+    n_v = max(cost.video_tokens(config, world.shape) for world in worlds.values())
+    recompute = cost.choose_recompute(count, config, run, n_v, config.text_len, machine, train.ema)
+    run = replace(run, recompute=recompute)
     last = checkpoints(run.out)[-1] if flags.resume else None
     for part in checkpoint.unfinished(run.out) if machine.rank == 0 else ():
         print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
@@ -564,7 +567,7 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
         if not flags.resume:
             checkpoint.start_anew(run.out, flags.overwrite)
         checkpoint.note_launch(run.out)
-    return machine, model, last, done
+    return run, machine, model, last, done
 
 
 def main(
@@ -585,7 +588,7 @@ def main(
             count, steps = cost.parameters(make_model, config), train.total_steps()
             return cost.print_training(count, config, run, world.shape, train.batch, steps)
         started = prepare(train, run, config, flags, worlds, make_model, load_start)
-        machine, model, last, done = started
+        run, machine, model, last, done = started
     except (ValueError, OSError, ImportError) as error:
         fail("train.py", error)
     try:

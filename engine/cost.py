@@ -71,19 +71,62 @@ def memory(device):
     return whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_memory(count, run, machine, average):
-    """Raises ValueError where weights, gradients and Adam's moments do not fit a process.
+RECOMPUTE = "none", "keep-attention", "full"  # the more is recomputed, the less is kept
 
-    average: whether a moving average of the weights is kept, too.
+
+def block_bytes(config, n_v, n_t, recompute, bf16):
+    """What a block keeps of a clip for the backward pass; the factors are counted, see the tests.
+
+    n_v, n_t: tokens of the video and of the text.
     """
-    needed = (20 if average else 16) * count / sharing(count, run)
-    there = memory(machine.device)
-    if needed > there:
-        raise ValueError(
-            f"{count:,} parameters take {needed / 1e9:.1f} GB in each of {machine.ranks} processes "
-            f"(weights, gradients, Adam's moments), but {machine.device} has {there / 1e9:.1f} GB: "
-            "wanted more processes with --parallel fsdp, or a smaller model"
-        )
+    n, size = n_v + n_t, 2 if bf16 else 4
+    if recompute == "full":
+        return 4 * n * config.dim  # what comes in, in fp32
+    if recompute == "keep-attention":
+        return (4 + 2 * size) * n * config.dim  # and what both attentions give
+    experts = 2 * size * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
+    return (67 if bf16 else 87) * n * config.dim + experts
+
+
+def training_memory(count, config, run, n_v, n_t, recompute, bf16, average=0.0):
+    """Bytes of a training step in each process: name of a part -> bytes.
+
+    count: parameters; run.micro_batch clips of n_v and n_t tokens; average: the decay of a moving
+    average of the weights, which takes as much as they do, 0: none.
+    """
+    share, clips = sharing(count, run), run.micro_batch
+    block = clips * block_bytes(config, n_v, n_t, recompute, bf16)
+    whole = clips * block_bytes(config, n_v, n_t, "none", bf16)
+    kept = config.num_layers * block + 15 * clips * (n_v + n_t) * config.dim
+    at_work = 0.4 * whole if recompute == "none" else 1.4 * whole
+    weights = (16 if average else 12) * count / share
+    return {
+        "weights and Adam's moments": weights,
+        "gradients": 4 * count / share,
+        "kept for the backward pass": kept,
+        "a block at work": at_work,
+    }
+
+
+def choose_recompute(count, config, run, n_v, n_t, machine, average):
+    """run.recompute, or, where that is "auto", the least that fits this process's device.
+
+    Raises ValueError, with the parts, where that does not fit.
+    """
+    there, modes = memory(machine.device), RECOMPUTE
+    if run.recompute != "auto":
+        modes = (run.recompute,)
+    for recompute in modes:
+        parts = training_memory(count, config, run, n_v, n_t, recompute, machine.bf16, average)
+        if sum(parts.values()) < there:
+            return recompute
+    told = ", ".join(f"{size / 1e9:.1f} GB {name}" for name, size in parts.items())
+    raise ValueError(
+        f"{count:,} parameters and {run.micro_batch} clips at once take "
+        f"{sum(parts.values()) / 1e9:.1f} GB in each of {machine.ranks} processes with recompute "
+        f"{recompute} ({told}), but {machine.device} has {there / 1e9:.1f} GB: wanted more "
+        "processes with --parallel fsdp, a smaller --micro-batch, or a smaller model"
+    )
 
 
 def print_training(count, config, run, shape, batch, steps):
@@ -98,22 +141,16 @@ def print_training(count, config, run, shape, batch, steps):
     n_t = config.text_len
     passes = 4 if run.recompute == "full" else 3
     step = batch * passes * forward_flops(config, n_v, n_t)
-
-    # bf16 numbers that a token keeps for the backward pass, in units of dim, by counting
-    kept = {"none": 34 + 4 * config.ffn_dim / config.dim, "keep-attention": 4, "full": 2}
-    numbers = kept[run.recompute] * config.num_layers * (n_v + n_t) * config.dim
-    activations = 2 * numbers * run.micro_batch
-    states = 16 * count / sharing(count, run)
     days = step * steps / (0.4 * PEAK["H100"]) / ranks / 86400
     print(
         f"{count:,} parameters; {n_v:,} video and {n_t} text tokens a clip, "
         f"{batch} clips a step, {steps:,} steps"
     )
-    print(
-        f"memory of each of {ranks} processes ({chosen_parallel(count, run)}): "
-        f"{states / 1e9:.1f} GB of weights, gradients and Adam's moments, "
-        f"about {activations / 1e9:.1f} GB of activations"
-    )
+    print(f"memory of each of {ranks} processes ({chosen_parallel(count, run)}), in bf16:")
+    for recompute in RECOMPUTE if run.recompute == "auto" else (run.recompute,):
+        parts = training_memory(count, config, run, n_v, n_t, recompute, bf16=True)
+        told = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+        print(f"  recompute {recompute}: {sum(parts.values()) / 1e9:.1f} GB ({told})")
     print(
         f"{step / 1e12:,.1f} TFLOP a step: {days:,.1f} days on {ranks} H100 "
         f"at 40% of {PEAK['H100'] / 1e12:.0f} TFLOP/s"

@@ -67,8 +67,6 @@ def join_processes(run, steps):
     compile = run.compile == "yes"
     if run.compile == "auto":
         compile = steps >= 1000 and bool(shutil.which("g++") or shutil.which("clang++"))
-    if kind == "cpu" and run.recompute == "keep-attention":
-        compile = False  # torch 2.13's compiler for CPUs: wrong gradients there for a batch of 1
     if ranks > 1:
         if kind == "cuda":
             torch.cuda.set_device(device)
@@ -169,6 +167,8 @@ def parallelise(model, loss, run, machine, find_unused=False):
 
     find_unused: whether some steps leave parameters without a gradient.
     """
+    if machine.device.type == "cpu" and run.recompute == "keep-attention":
+        machine.compile = False  # torch 2.13's compiler gives wrong gradients for a batch of 1
     for block in model.blocks:
         prepare_block(block, run.recompute, machine.compile)
     if machine.ranks == 1:
@@ -263,7 +263,8 @@ def describe(model, run, machine):
     numbers = "bf16 autocast" if machine.bf16 else "fp32"
     blocks = "compiled" if machine.compile else "eager"
     kernel = attention_kernel(model.config, machine)
-    return f"{count:,} parameters on {how}{machine.device}, {numbers}, {kernel}, {blocks} blocks"
+    how += f"{machine.device}, {numbers}, {kernel}"
+    return f"{count:,} parameters on {how}, {blocks} blocks, recompute {run.recompute}"
 
 
 @torch.no_grad()

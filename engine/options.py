@@ -59,10 +59,10 @@ class Run:
         high=10**6,
     )
     recompute: str = option(
-        "none",
+        "auto",
         "activations: 'none' are recomputed in the backward pass; 'keep-attention', all but "
-        "attention's outputs; 'full', all",
-        choices=("none", "keep-attention", "full"),
+        "attention's outputs; 'full', all; 'auto': as few as fit the device's memory",
+        choices=("auto", "none", "keep-attention", "full"),
     )
     max_skipped: int = option(
         10,

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -102,6 +103,108 @@ def one(tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
     finish(start(out))
     return out
+
+
+# What a rank of two asserts; `o` is an Objective over both.
+RANK = """
+import sys, torch, torch.distributed as dist
+from engine import distributed
+from engine.options import Run
+from toy import World
+from univigu import Config, UniViGU, uni_flow_loss
+run = Run(parallel=sys.argv[1], device="cpu", compile="no")
+m = distributed.join_processes(run, 1)
+torch.manual_seed(0)
+sizes = dict(num_heads=2, num_layers=2, ffn_dim=32, text_ffn_dim=32, text_dim=8, freq_dim=16)
+model = UniViGU(Config(dim=24, **sizes))
+o = distributed.parallelise(model, uni_flow_loss, run, m)
+batch = World().dataset("train").__getitems__(range(2))
+def learn(hold=False):
+    options = dict(generator=torch.Generator().manual_seed(m.rank))
+    with distributed.no_grad_sync(o, hold=hold):
+        o(batch["z_v"], batch["caption"], batch["c"], options)[0].backward()
+"""
+
+
+def two_ranks(parallel, body, tmp_path):
+    script = tmp_path / "rank.py"
+    # in a function: what is left for the interpreter's end outlives its process group
+    inside = textwrap.indent(f"{RANK}{body}\ndistributed.leave(m)", "    ")
+    script.write_text(f"def main():{inside}\nmain()\n")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [sys.executable, *torchrun, str(20000 + os.getpid() % 20000), str(script), parallel]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_sharded_run_keeps_its_share_of_the_gradients_whatever_it_accumulates(tmp_path):
+    body = """
+for hold in (True, False):
+    learn(hold)
+    mine = sum(p.grad.to_local().numel() for p in model.parameters())
+    assert mine < 0.6 * sum(p.numel() for p in model.parameters())
+both = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+torch.manual_seed(0)
+model, wanted = UniViGU(Config(dim=24, **sizes)), {}
+for rank in (0, 1):
+    options = dict(generator=torch.Generator().manual_seed(rank))
+    uni_flow_loss(model, batch["z_v"], batch["caption"], batch["c"], **options)[0].backward()
+for name, p in model.named_parameters():  # two micro-batches each, the mean of both ranks
+    assert torch.allclose(both[name], p.grad, rtol=1e-3, atol=1e-6), name
+"""
+    two_ranks("fsdp", body, tmp_path)
+
+
+def test_a_sharded_model_may_be_evaluated_before_it_was_trained(tmp_path):
+    body = """
+def look(model, share):
+    half = torch.full((2,), 0.5)
+    point = batch["z_v"], model.embed(batch["caption"]), half, half, batch["c"]
+    return share([lambda: model(*point)[1].shape, lambda: model.config.dim])
+for _ in range(2):
+    assert distributed.evaluate(look, o, m, None) == [(2, 16, 8), 24]
+    model.train()
+    learn()
+    held = sum(p.to_local().numel() for p in model.parameters())
+    assert held < 0.6 * sum(p.numel() for p in model.parameters())
+"""
+    two_ranks("fsdp", body, tmp_path)
+
+
+def test_copies_share_an_evaluations_work(tmp_path):
+    body = """
+done = []
+def look(model, share):
+    return share([lambda i=i: done.append(i) or i * 10 for i in range(5)])
+assert distributed.evaluate(look, o, m, None) == [0, 10, 20, 30, 40]
+assert done == ([0, 2, 4] if m.rank == 0 else [1, 3])
+"""
+    two_ranks("ddp", body, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "major, cudnn, first",
+    [
+        (9, 91900, "CUDNN_ATTENTION"),
+        (10, 91600, "CUDNN_ATTENTION"),
+        (9, 91500, "FLASH_ATTENTION"),
+        (9, None, "FLASH_ATTENTION"),
+        (8, 91900, "FLASH_ATTENTION"),
+        (12, 91900, "FLASH_ATTENTION"),
+    ],
+)
+def test_cudnns_attention_comes_first_where_it_is_right_and_fast(major, cudnn, first, monkeypatch):
+    orders = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(
+        distributed, "sdpa_kernel", lambda order, set_priority: orders.append(order)
+    )
+    distributed.preferred_attention(torch.device("cuda", 0))
+    distributed.preferred_attention(torch.device("cpu"))
+    (order,) = orders
+    assert order[0].name == first and order[-1].name == "MATH"
 
 
 @pytest.mark.parametrize(

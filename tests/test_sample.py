@@ -276,6 +276,17 @@ def test_the_video_is_computed_once_unless_told_otherwise(use, clips, work, monk
     assert calls == [True, False]
 
 
+def test_sampling_asks_for_the_devices_fastest_attention(use, work, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sample,
+        "preferred_attention",
+        lambda device: asked.append(device) or contextlib.nullcontext(),
+    )
+    use("generate", "--prompt", PROMPT, "--steps", "1")
+    assert asked == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+
+
 @pytest.mark.parametrize("flags", [[], ["--prompt", PROMPT]], ids=["none", "prompt"])
 def test_understand_may_have_the_videos_prompt(flags, use, clips, work, monkeypatch):
     write_video("clip.npy", clips[0][:1])

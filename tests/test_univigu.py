@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import univigu
 from univigu import (
     MIXTURE,
     PRESETS,
+    CastLinear,
     Config,
     EmbeddingFlow,
     UniViGU,
@@ -1214,6 +1216,36 @@ def test_understand_without_a_prompt_is_understand_with_the_zero_prompt(model):
 def test_impossible_grids_are_refused_with_the_number(steps, shift):
     with pytest.raises(ValueError, match=f"is {steps if steps < 1 else shift}"):
         clock_grid(steps, shift)
+
+
+class Casts(TorchDispatchMode):
+    """Records the casts of what is as large as the hidden tokens: (from, to)."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.found.append((args[0].dtype, out.dtype))
+        return out
+
+
+def test_hidden_tokens_are_cast_once_for_queries_keys_and_values():
+    model = build()
+    attention, x = model.blocks[0].self_attn, torch.randn(2, 7, model.config.dim)
+    for module in (attention.norm_q, attention.norm_k):
+        module.forward = lambda x: x  # they compute in fp32
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Casts(x.shape) as casts:
+        attention(x, x)
+    assert casts.found == [(torch.float32, torch.bfloat16)]
+    narrow = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Casts(x.shape) as casts:
+        model.blocks[0].ffn[0](narrow)
+    assert casts.found == []  # and not to the weight's fp32 on the way
+    x = x[:, :, :3]
+    assert CastLinear(3, 3).bfloat16()(x).dtype == torch.bfloat16
 
 
 # ---------------- a text head that predicts the data point

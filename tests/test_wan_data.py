@@ -1044,6 +1044,23 @@ def test_the_world_loads_what_prepared_the_data_and_nothing_else(whole, wan, tmp
         assert all(str(word) in str(error.value) for word in (found, manifest[name], changed, wan))
 
 
+def test_evaluation_caches_no_casts_and_decodes_in_one_process(whole, tmp_path, monkeypatch):
+    world = World(whole)
+    monkeypatch.setitem(World.sampling, "understand", dict(steps=1, guidance=1.0))
+    monkeypatch.setitem(World.sampling, "generate", dict(steps=1))
+    monkeypatch.setitem(World.sampling, "joint", dict(steps=1))
+    model = UniViGU(config(world)).eval()
+    cached, decoded = [], []
+    model.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    real = world.codec.decode
+    monkeypatch.setattr(world.codec, "decode", lambda z_v: decoded.append(1) or real(z_v))
+    found = world.evaluate(model, None, 2, 1.0, True)
+    assert found.results == {} and not decoded and list(tmp_path.iterdir()) == []
+    found = world.evaluate(model, tmp_path, 2, 1.0, True)
+    assert len(decoded) == 4 and (tmp_path / "generate.mp4").exists()  # two drawn, two read
+    assert cached and not any(cached)
+
+
 @pytest.mark.parametrize("has_text", [True, False])
 def test_evaluation_is_the_same_twice(has_text, whole, tmp_path, capsys, monkeypatch):
     world = World(whole, seed=1)
