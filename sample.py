@@ -184,9 +184,11 @@ def run(flags):
         count = cost.parameters(build, config)
         cost.print_sampling(count, config, shape, flags.mode, options, has_text, device, len(work))
         if not checkpoint.world.fixed_size:
+            decode = 8.2 * size[1] * size[2] / (480 * 832)  # GB, as counted
             print(
-                "beside that, one after the other and not while the model works: "
-                "umT5 (real: 11 GB in bf16) and the VAE (real: 0.5 GB and the frames)"
+                "beside that, one after the other and not while the model works: umT5 (real: 11 GB "
+                f"in bf16) and the VAE (real: about {decode:.1f} GB while it decodes"
+                f"{', less in the tiles that frames so large get' if large else ''})"
             )
         return
     if work and large:

@@ -98,7 +98,7 @@ def training_memory(count, config, run, n_v, n_t, recompute, bf16, average=0.0):
     block = clips * block_bytes(config, n_v, n_t, recompute, bf16)
     whole = clips * block_bytes(config, n_v, n_t, "none", bf16)
     kept = config.num_layers * block + 15 * clips * (n_v + n_t) * config.dim
-    at_work = 0.4 * whole if recompute == "none" else 1.4 * whole
+    at_work = 0.1 * whole if recompute == "none" else 1.1 * whole
     weights = (16 if average else 12) * count / share
     return {
         "weights and Adam's moments": weights,
@@ -160,6 +160,18 @@ def print_training(count, config, run, shape, batch, steps):
 # ---------------------------------------------------------------- sampling
 
 
+def sampling_memory(config, n_v, n_t, passes, reused, bf16):
+    """Bytes beside the weights in a step of so many passes; the factors are counted, see the tests.
+
+    reused: whether the video's keys and values are kept.
+    """
+    n, d, size = n_v + n_t, config.dim, 2 if bf16 else 4
+    in_ffn = (24 if bf16 else 28) * d + 2 * size * config.ffn_dim
+    in_attention = (41 if bf16 else 50) * d
+    cache = 2 * size * config.num_layers * (n_v + config.prompt_len) * d if reused else 0
+    return passes * (n * max(in_ffn, in_attention) + cache)
+
+
 def print_sampling(count, config, shape, mode, options, has_text, device, samples):
     """Prints what `samples` samples take: `count` parameters, latents of `shape` (C, F, H, W).
 
@@ -179,11 +191,13 @@ def print_sampling(count, config, shape, mode, options, has_text, device, sample
     video_steps = 1 if options.get("reuse_video") else steps
     flops = passes * (video_steps * video + steps * text)
     each = 2 if device.type == "cuda" else 4  # bytes of a number
+    reused = bool(options.get("reuse_video"))
+    activations = sampling_memory(config, n_v, n_t, passes, reused, each == 2)
     rate = measured_flops(device)
     print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
     print(
         f"{count:,} parameters, {count * each / 1e9:.1f} GB of weights, "
-        f"about {passes * n * d * 40 * each / 1e9:.1f} GB of activations"
+        f"about {activations / 1e9:.1f} GB of activations"
     )
     print(
         f"{steps} steps, guidance {guidance:g}, shift {shift:g}: "
