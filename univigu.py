@@ -276,8 +276,9 @@ def rotate_streams(x, rope):
 # What a clock does to a block's two branches, attention and FFN; (B, 1, dim) each.
 Modulation = namedtuple("Modulation", "shift scale gate shift_ffn scale_ffn gate_ffn")
 
-# A block's KV cache: keys and values, (B, heads, n, head_dim) each, of video and of prompt.
-Memory = namedtuple("Memory", "video prompt")
+# A block's KV cache: keys and values, (B, heads, n, head_dim) each, of both streams and of the
+# prompt. The text's rows, the last ones, are written anew in each step.
+Memory = namedtuple("Memory", "streams prompt")
 
 # What a modality brings to the blocks: hidden tokens (B, n, dim), embedding (B, dim) and modulation
 # (B, 6, dim) of its clock, and its positions (cos, sin, pairs), see `rotate`.
@@ -297,7 +298,8 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x, context, rope=None, memory=None):
-        """x (B, n, dim) attends to `memory`, keys and values, and to context (B, k, dim) or None.
+        """x (B, n, dim) attends to context (B, k, dim), or, where that is None, to `memory`, keys
+        and values (B, heads, n, head_dim). With both, context's replace the last of memory's.
 
         rope: (cos, sin, pairs) of each stream of x, where x attends to itself. Returns (B, n, dim),
         and the keys and values of context, (B, heads, k, head_dim) each.
@@ -310,8 +312,9 @@ class Attention(nn.Module):
         k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))  # eq. 12
         if rope is not None:
             q, k = rotate_streams(q, rope), rotate_streams(k, rope)
-        seen = (k, v) if memory is None else (torch.cat(s, dim=2) for s in zip(memory, (k, v)))
-        return self.attend(q, *seen), (k, v)
+        for kept, new in zip(memory or (), (k, v)):
+            kept[:, :, -new.shape[2]:] = new  # in place: no copy of the video's
+        return self.attend(q, *memory or (k, v)), (k, v)
 
     def heads(self, x):
         return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
@@ -345,16 +348,16 @@ class Block(nn.Module):
         mod = {m: Modulation(*mod[m].unbind(1)) for m in h}
         experts = {"v": self.ffn, "t": self.ffn_t}              # a third modality: one more here
         sizes = [h_m.shape[1] for h_m in h.values()]
-        video_kv, prompt_kv = memory or (None, None)            # a cache, or computed here
+        streams_kv, prompt_kv = memory or (None, None)          # a cache, or computed here
 
         x = join((self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h), dim=1)
-        a, kv = self.self_attn(x, x, rope.values(), memory=video_kv)               # eq. 14
+        a, kv = self.self_attn(x, x, rope.values(), memory=streams_kv)             # eq. 14
         h = {m: h[m] + mod[m].gate * a_m for m, a_m in zip(h, a.split(sizes, dim=1))}
         a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt_kv)  # eq. 4
         h = {m: h[m] + a_m for m, a_m in zip(h, a.split(sizes, dim=1))}  # no gate
         x = {m: self.norm2(h[m]) * (1 + mod[m].scale_ffn) + mod[m].shift_ffn for m in h}
         h = {m: h[m] + mod[m].gate_ffn * experts[m](x[m]) for m in h}        # eq. 5, eq. 15
-        return h, Memory(tuple(s[:, :, :sizes[0]] for s in kv), kv_c) if remember else None
+        return h, Memory(kv, kv_c) if remember else None
 
 
 class Head(nn.Module):

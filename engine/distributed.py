@@ -342,6 +342,9 @@ def leave(machine):
     """Waits for the other processes, and parts from them."""
     if machine.ranks > 1:
         dist.barrier()
+        # gloo's threads let go of their tensors, for which they need the GIL: a group that is torn
+        # down sooner keeps the GIL and waits for them
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 
