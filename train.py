@@ -74,9 +74,10 @@ EVEN: dict = dict(steps=20, guidance=1.0, shift=1.0)
 PAPER_SAMPLING = {"understand": EVEN | {"reuse_video": False}, "generate": EVEN, "joint": EVEN}
 
 # Defaults where the data are not the toy: there is a pretrained generator, and the rest is the
-# paper's (section 4.1).
+# paper's (section 4.1), but for a little dropout in refine and for Wan's samplers.
 REAL: dict = PAPER | dict(
     stages="recall,refine",
+    refine_p_drop=0.1,
     sampling="world",
     batch=1,
     recall_steps=40_000,

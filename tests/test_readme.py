@@ -146,6 +146,10 @@ CLAIMS = {
 }
 
 
+# The others were made with an earlier default recipe, of 3,600 steps.
+RETAKEN = "dropout", "refine_dropout", "experts", "joint_shift", "padding", "understanding"
+
+
 def found(name):
     return stored(f"toy/results/experiments/{name}/results")
 
@@ -184,18 +188,15 @@ def trainings():
     runs = {}
     for name in CLAIMS:
         for variant, of in found(name)["variants"].items():
-            runs[variant] = of["training seconds"]
+            runs[name in RETAKEN, variant] = of["training seconds"]
     hours = sum(map(sum, runs.values())) / 3600
+    steps = [f"{sum(found(name)['budget']['default'][1:]):,}" for name in ("recall", "dropout")]
     rows = [
         ["trainings", sum(map(len, runs.values()))],
         ["their hours together", f"{hours:.1f}"],
         ["text steps of a short run", FULL.recall + FULL.refine],
-        [
-            "text steps of a run of full length",
-            f"{sum(found('recall')['budget']['default'][1:]):,}",
-        ],
-        ["seconds of a short run alone on both cores", f"{statistics.median(runs['scratch']):.0f}"],
-        ["seconds of a short run beside another", f"{statistics.median(runs['base']):.0f}"],
+        ["text steps of a run of full length", f"{steps[0]}, taken anew {steps[1]}"],
+        ["seconds of a short run", f"{statistics.median(runs[True, 'base']):.0f}"],
         ['margin of "better"', f"{MARGIN:+}"],
     ]
     return markdown(["", ""], rows)
@@ -269,9 +270,11 @@ def settings():
     targets = {"recall": "the prompt", "refine": "the detailed caption"}
     rows = []
     for stage, target in targets.items():
-        n, lr, kind = (values[f"{stage}_{name}"] for name in ("steps", "lr", "optimizer"))
-        rows.append([stage, target, f"{n:,}", f"{lr:g}", kind, values["clocks"]])
+        names = ("steps", "lr", "optimizer", "p_drop")
+        n, lr, kind, p_drop = (values[f"{stage}_{name}"] for name in names)
+        rows.append([stage, target, f"{n:,}", f"{lr:g}", kind, values["clocks"], p_drop])
     head = ["stage", "text to write", "steps", "learning rate", "optimizer", "clocks"]
+    head.append("prompt dropped")
     return markdown(head, rows)
 
 
@@ -401,14 +404,14 @@ def test_generated_tables_are_as_stored(document, table):
 
 
 def test_the_claims_are_judged_by_the_stored_numbers():
-    # of the default run that the experiments were made with, which was twice as long
-    full = json.loads(json.dumps(vars(FULL))) | {"default": [800, 200, 2600]}
+    now = json.loads(json.dumps(vars(FULL)))
     assert list(CLAIMS) == [experiment.name for experiment in EXPERIMENTS]
     for experiment in EXPERIMENTS:
         of = found(experiment.name)
         verdict, checks = judge(experiment.checks, of["each seed"])
         assert (of["claim"], of["verdict"], of["checks"]) == (experiment.claim, verdict, checks)
         assert of["found"] == finding(verdict, checks)
+        full = now if experiment.name in RETAKEN else now | {"default": [800, 200, 2600]}
         assert of["budget"] == full and len(of["seeds"]) >= 3
 
 
