@@ -208,7 +208,7 @@ def figures(results):
     )
     rows = []
     for mode, name in measures:
-        if mode not in results:
+        if name not in results.get(mode, {}):
             continue
         row = {
             "name": f"{mode}.{name}",
