@@ -488,7 +488,7 @@ def chosen(given, make_world):
     Wan or the data are real; the data's sizes; the recipe; real data's defaults; the flags."""
     asked = pick(Train, given)
     validate(asked)
-    real = any(asked.data_of(stage) != "toy" for stage in STAGES)
+    real = any(asked.data_of(stage) != "toy" for stage in asked.names())
     recipe = RECIPES[asked.recipe] | (REAL if real else {})
     *_, world = make_worlds(pick(Train, recipe | given), make_world).values()
     sizes = world.sizes
