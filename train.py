@@ -412,6 +412,8 @@ class Trainer:
 def make_world(data, seed, vocabulary="full", also=()):
     """The world to learn: "toy", or a folder that wan.prepare wrote. also: other folders, whose
     tokens are to be known, too. Raises ValueError, OSError."""
+    if also and "toy" in (data, *also):
+        raise ValueError(f"data are {data!r} and {also[0]!r}, wanted folders, or the toy")
     if data == "toy":
         from toy import World
 

@@ -200,8 +200,6 @@ def by_stage(stages, make):
     made: dict[str, World] = {}
     for stage, (data, text) in stages.items():
         others = sorted({other for other, _ in stages.values()} - {data})
-        if others and "toy" in (data, *others):
-            raise ValueError(f"data are {data!r} and {others[0]!r}, wanted folders, or the toy")
         if data not in made:
             made[data] = make(data, others)
         if text not in (None, *made[data].texts):

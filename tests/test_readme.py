@@ -233,6 +233,24 @@ def choices():
     return markdown(["", "nearer the paper", *measures, "ours", *measures], rows)
 
 
+def widths():
+    """What a text expert of each width takes: of the 1.3B and of the 14B model."""
+    rows = []
+    for name in ("wan-1.3b", "wan-14b"):
+        preset = PRESETS[name]
+        dim, whole = preset.dim, preset.ffn_dim
+        for width in sorted({whole // 8, preset.text_ffn_dim, whole // 2, whole}):
+            config = dataclasses.replace(preset, text_ffn_dim=width)
+            count = preset.num_layers * (2 * dim * width + dim + width)
+            flops = preset.num_layers * 4 * dim * width * preset.text_len
+            of = forward_flops(config, 32760, preset.text_len)
+            about = f"{name}, {width:,} of {whole:,}" + " (the preset)" * (config == preset)
+            cells = f"{count / 1e6:,.0f} M", f"{16 * count / 1e9:.1f} GB"
+            rows.append([about, *cells, f"{flops / 1e12:.2f} of {of / 1e12:,.0f} TFLOP"])
+    head = ["FFN_t's width", "parameters", "weights, gradients, moments", "a forward pass"]
+    return markdown(head, rows)
+
+
 def reading():
     """Accuracy of captions by the sampler's steps, the video computed in each or once."""
     of = found("text_flow")["mean and spread"]["default"]
@@ -387,7 +405,7 @@ def forward():
 TABLES = {
     README: [pictures, results, forward],
     TOY: [speed, neighbour],
-    RESULTS: [seeds, verdicts, claims, trainings, choices, reading],
+    RESULTS: [seeds, verdicts, claims, trainings, widths, choices, reading],
     WAN: [settings, h100, steps, reuse],
 }
 PLACES = [(document, table) for document, tables in TABLES.items() for table in tables]
