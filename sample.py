@@ -233,7 +233,8 @@ def sampler_options(flags, checkpoint, large):
     """Arguments of the sampler: the world's, or Wan's for its model and size; flags win."""
     world, mode = checkpoint.world, flags.mode
     options = dict(world.sampling[mode])
-    if mode == "generate" and not world.fixed_size:
+    own = world.sampling == type(world).sampling  # its recipe says nothing else
+    if mode == "generate" and not world.fixed_size and own:
         if checkpoint.stage == "generator" and checkpoint.config.dim == 1536:  # the 1.3B
             options |= {"guidance": 6.0, "shift": 8.0}
         elif large:

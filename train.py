@@ -47,8 +47,8 @@ STAGES = {
     "refine": "caption",  # section 3.3, stage 2: the target is the detailed caption
 }
 
-# What `--recipe paper` changes: independent uniform clocks, velocity output, eq. 11 and nothing
-# else, Adam, 40% of the text steps in recall and four times the learning rate there, no dropout in
+# What `--recipe paper` changes in the toy: independent uniform clocks, velocity output, eq. 11
+# alone, Adam, 40% of the text steps in recall and four times the learning rate there, no dropout in
 # refine, one clock in joint (sections 3.1, 3.3 and 4.1). What stays ours: toy/results/README.md.
 PAPER: dict = dict(
     clocks="independent",
@@ -67,15 +67,16 @@ PAPER: dict = dict(
 )
 RECIPES: dict = {"default": {}, "paper": PAPER}
 
-# Eq. 16 to 18 as they stand: even steps, one clock in joint, the video in every step, and no
-# guidance, of which the paper does not speak; nor does it of the number of steps.
+# Eq. 16 to 18: one clock in joint, the video in every step. Of the steps' number and sizes and of
+# guidance the paper does not speak.
 EVEN: dict = dict(steps=20, guidance=1.0, shift=1.0)
 PAPER_SAMPLING = {"understand": EVEN | {"reuse_video": False}, "generate": EVEN, "joint": EVEN}
 
 # Defaults where the data are not the toy: there is a pretrained generator, and the rest is the
-# paper's (section 4.1).
+# paper's (section 4.1), but for a little dropout in refine and for Wan's samplers.
 REAL: dict = PAPER | dict(
     stages="recall,refine",
+    refine_p_drop=0.1,
     sampling="world",
     batch=1,
     recall_steps=40_000,
@@ -166,8 +167,8 @@ class Train:
     )
     refine_p_drop: float = chance(
         0.7,
-        "the same in stage refine; the paper keeps the prompt there, so captions are learned with "
-        "it alone at 0",
+        "the same in stage refine, where the paper names none; at 0 the model never learns to "
+        "caption without a prompt",
     )
     anchor: float = option(
         0.1, "weight of the cross-entropy that keeps predictions near E's rows", low=0, high=1e3
@@ -178,7 +179,8 @@ class Train:
     sampling: str = option(
         "world",
         "how the evaluation and sample.py sample by default: as suits the 'world', or as the "
-        "'paper' has it: even steps, one clock in joint, no guidance",
+        "'paper': the video in every step, and, of which it does not speak, equal steps and no "
+        "guidance; with joint_shift 1 one clock in joint",
         choices=("world", "paper"),
     )
     ema: float = option(
@@ -411,6 +413,8 @@ class Trainer:
 def make_world(data, seed, vocabulary="full", also=()):
     """The world to learn: "toy", or a folder that wan.prepare wrote. also: other folders, whose
     tokens are to be known, too. Raises ValueError, OSError."""
+    if also and "toy" in (data, *also):
+        raise ValueError(f"data are {data!r} and {also[0]!r}, wanted folders, or the toy")
     if data == "toy":
         from toy import World
 
@@ -487,7 +491,7 @@ def chosen(given, make_world):
     Wan or the data are real; the data's sizes; the recipe; real data's defaults; the flags."""
     asked = pick(Train, given)
     validate(asked)
-    real = any(asked.data_of(stage) != "toy" for stage in STAGES)
+    real = any(asked.data_of(stage) != "toy" for stage in asked.names())
     recipe = RECIPES[asked.recipe] | (REAL if real else {})
     *_, world = make_worlds(pick(Train, recipe | given), make_world).values()
     sizes = world.sizes

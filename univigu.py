@@ -607,7 +607,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain
     video generator (eq. 2); c (B, at most L, prompt_dim) prompts, replaced by c_null (default:
     zeros) with probability p_drop, or that of the line. clocks, mixture: see sample_clocks.
-    lambda_t None = |z_v| / |z_t|. anchor: weight of the cross-entropy to E's rows (0 = the paper).
+    lambda_t None = |z_v| / |z_t|. anchor: weight of the cross-entropy to E's rows (0: eq. 11).
 
     Returns a scalar, eq. 11 divided by the number of entries of a latent, plus the anchor; and a
     dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's

@@ -204,9 +204,10 @@ def read_options(folder):
 def needs_prompt(options, stage):
     """What to tell before a caption is written without a prompt; "" where that was learned.
 
-    options: those in train.json, with any of the stages' dropout."""
+    options: those in train.json; older ones have one dropout for both stages.
+    """
     name = f"{stage}_p_drop"
-    if options.get(name) != 0:
+    if options.get(name, options.get("p_drop")) != 0:
         return ""
     return f"{name} was 0: with its prompt always there, it never learned to caption without one"
 

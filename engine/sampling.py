@@ -30,9 +30,9 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "recompute-video": "run the video's tokens in every step, not in the first alone: exact, and "
     "many times slower (always so with the published weights)",
     "understand out": "text file to write the caption to as well; with --videos: {video, caption} "
-    "as JSON lines, to go on with where it is",
+    "as JSON lines; an existing file is continued",
     "understand prompt": "the brief prompt of --video, where there is one (default: none). The "
-    "model believes it: what a wrong prompt says may stand in the caption",
+    "model believes it: what a wrong prompt says may turn up in the caption",
     "generate prompt": 'what to draw, for example "a red circle moving right"; empty: --caption '
     "alone says it",
     "joint prompt": 'what to draw, for example "a red circle moving right"; empty: anything',

@@ -11,7 +11,8 @@ from univigu import Config
 
 
 def checked_sampling(sampling, default):
-    """World.sampling as a checkpoint stores it; `default` where that is None, an older one.
+    """World.sampling as a checkpoint stores it; what it lacks, all of it where it is None, as in an
+    older one, is the default's.
 
     Raises ValueError for what no sampler takes.
     """
@@ -26,7 +27,7 @@ def checked_sampling(sampling, default):
                 raise ValueError(f"sampling of {mode} has {name!r:.60}, which no sampler takes")
             if not isinstance(value, (int, float)):
                 raise ValueError(f"{name} of {mode} is {value!r:.60}, wanted a number")
-    return sampling
+    return {mode: options | sampling[mode] for mode, options in default.items()}
 
 
 class Codec(Protocol):
@@ -216,8 +217,6 @@ def by_stage(stages, make):
     made: dict[str, World] = {}
     for stage, (data, text) in stages.items():
         others = sorted({other for other, _ in stages.values()} - {data})
-        if others and "toy" in (data, *others):
-            raise ValueError(f"data are {data!r} and {others[0]!r}, wanted folders, or the toy")
         if data not in made:
             made[data] = make(data, others)
         if text not in (None, *made[data].texts):

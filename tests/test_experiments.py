@@ -11,7 +11,7 @@ import torch
 import toy
 import train
 import univigu
-from toy import experiments, measures
+from toy import experiments, measures, words
 from toy.experiments import EXPERIMENTS, Budget, Check, judge
 from toy.runs import FULL, Run, arguments, run_folder
 from univigu import Config, UniViGU
@@ -105,6 +105,41 @@ def test_models_of_variants_are_what_they_say():
     assert z_t.requires_grad and not u_t.requires_grad
     z_t, u_t = UniViGU.text_flow.corrupt(UniViGU(config), y, torch.full((1,), 0.5))
     assert u_t.requires_grad  # and the model of all other variants is as it was
+
+
+def test_padding_is_out_of_the_loss_or_out_of_sight():
+    config = Config(dim=24, ffn_dim=32, text_ffn_dim=32, num_layers=2, num_heads=2, gate_init=1.0)
+    batch = toy.World().dataset("train").__getitems__(range(2))
+    y, half = batch["prompt"], torch.full((2,), 0.5)
+    pad = y == words.PAD
+    assert pad.any() and not pad.all()
+    for name in ("PAD without loss", "PAD unseen"):
+        torch.manual_seed(0)
+        model = OF[name].make_model(config)
+        for head in (model.head.head, model.head_t.head):
+            torch.nn.init.normal_(head.weight)
+        z_t, u_t = torch.randn(2, 2, 16, 64)
+        v_t, other = torch.randn(2, 2, 16, 64)
+        kept = torch.where(pad[..., None], other, v_t)  # differs from v_t in PAD positions alone
+        flow = model.text_flow
+        losses = [flow.loss(model, v, z_t, u_t, y, half, 0.1) for v in (v_t, kept, other)]
+        assert all(torch.equal(a, b) for a, b in zip(losses[0], losses[1]))
+        assert not torch.equal(losses[0][0], losses[2][0])
+
+        moved = torch.where(pad[..., None], z_t + 1, z_t)
+
+        def apart(model=model, states=(z_t, moved)):
+            with torch.no_grad():
+                found = [model(batch["z_v"], z, half, half, batch["c"]) for z in states]
+            (v_v, v_t), (other_v, other_t) = found
+            return max((v_v - other_v).abs().max(), (v_t - other_t)[~pad].abs().max())
+
+        assert apart() > 1e-4
+        if name == "PAD unseen":
+            model.hide(pad)
+            assert apart() < 1e-5
+            model.hide(None)
+            assert apart() > 1e-4
 
 
 def test_losses_and_data_of_variants_are_what_they_say():

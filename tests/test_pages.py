@@ -559,6 +559,8 @@ def test_the_gallery_has_right_and_wrong_cases_of_each_mode():
         captions=captions,
         joint_frames=frames,
         joint_captions=wanted,
+        prompted=wanted,
+        drawn_briefly=frames,
     )
     shown = evaluate.gallery(found, evaluate.compare(found))
     verdicts = {

@@ -312,12 +312,17 @@ def rewritten(folder, out, name, change):
     return out
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["each", "older"])
 @pytest.mark.parametrize("stage, p_drop, told", [("refine", 0, True), ("refine", 0.1, False)])
 def test_a_model_that_always_had_its_prompt_says_so_where_it_has_none(
-    stage, p_drop, told, checkpoints, clips, work, capsys
+    stage, p_drop, told, older, checkpoints, clips, work, capsys
 ):
     write_video("clip.npy", clips[0][:1])
-    set_p = lambda content: content["train"].update({f"{stage}_p_drop": p_drop})
+
+    def set_p(content):
+        del content["train"][f"{stage}_p_drop"]
+        content["train"]["p_drop" if older else f"{stage}_p_drop"] = p_drop
+
     folder = rewritten(checkpoints / stage, work / "kept", "train.json", set_p)
     describe = ["understand", "--checkpoint", str(folder), "--video", "clip.npy"]
     for flags, wanted in (([], told), (["--prompt", PROMPT], False)):

@@ -127,6 +127,7 @@ def test_stages_start_from_the_generator_and_move_every_text_parameter(path):
 def test_the_run_uses_the_papers_settings_and_all_of_umt5s_tokens(path):
     stored = read_json(path / "run" / "refine" / "train.json")["train"]
     assert (stored["clocks"], stored["anchor"]) == ("independent", 0.0)
+    assert (stored["recall_p_drop"], stored["refine_p_drop"]) == (0.7, 0.1)
     assert (stored["recall_optimizer"], stored["recall_lr"], stored["refine_lr"]) == (
         "adam",
         2e-4,

@@ -37,7 +37,7 @@ SPLITS = (("seen", ""), ("unseen", "_unseen"))  # and what ends the names of its
 
 @dataclass
 class Found:
-    """What a model made of n clips. One that has not learned text leaves the last five empty."""
+    """What a model made of n clips. One that has not learned text leaves the last six empty."""
 
     truth: torch.Tensor  # (n, 7) int64, the clips' attributes
     prompts: list[str]
@@ -46,6 +46,7 @@ class Found:
     frames: Sequence[torch.Tensor] = ()  # the clips after the codec, which understand() saw
     captions: Sequence[str] = ()  # what it wrote
     prompted: Sequence[str] = ()  # and with the prompt at hand
+    drawn_briefly: Sequence[torch.Tensor] = ()  # as drawn, but the text, too, is the prompt
     joint_frames: Sequence[torch.Tensor] = ()
     joint_captions: Sequence[str] = ()
 
@@ -86,6 +87,10 @@ def sample_batch(model, world, dataset, indices, has_text):
 
         y_hat = understand(model, batch["z_v"], c, generator=generator, **options)
         found.prompted = world.tokenizer.decode(y_hat.cpu())
+
+        options = world.sampling["generate"]
+        z_v = generate(model, batch["prompt"], c, world.shape, generator=generator, **options)
+        found.drawn_briefly = world.codec.decode(z_v.cpu())
     return found
 
 
@@ -159,9 +164,11 @@ def compare(found):
     comparisons = {"generation.attribute_accuracy": Comparison(drawn, found.truth, BRIEF)}
     if found.captions:
         seen = oracle.read(torch.stack(list(found.joint_frames)))
+        briefly = oracle.read(torch.stack(list(found.drawn_briefly)))
         comparisons |= {
             "understanding.attribute_accuracy": Comparison(said(found.captions), found.truth, ALL),
             "understanding.with_prompt": Comparison(said(found.prompted), found.truth, ALL),
+            "generation.from_prompt": Comparison(briefly, found.truth, BRIEF),
             "joint.agreement": Comparison(said(found.joint_captions), seen, ALL),
             "joint.prompt_followed": Comparison(seen, found.truth, BRIEF),
         }
@@ -196,12 +203,13 @@ def figures(results):
         ("understanding", "exact_match"),
         ("understanding", "with_prompt"),
         ("generation", "attribute_accuracy"),
+        ("generation", "from_prompt"),
         ("joint", "agreement"),
         ("joint", "prompt_followed"),
     )
     rows = []
     for mode, name in measures:
-        if mode not in results:
+        if name not in results.get(mode, {}):
             continue
         row = {
             "name": f"{mode}.{name}",

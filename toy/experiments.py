@@ -70,14 +70,14 @@ def judge(checks, seeds):
 
 def finding(verdict, checks):
     """The verdict, and the gain that decided each check: mean and standard deviation over seeds."""
-    sentences = {False: [], True: []}  # by whether the check is on a choice of ours
+    sentences = {False: [], True: []}  # by whether the check is ours
     for c in checks:
         holds = "yes" if c["holds"] else "no"
         gain = f"{c['mean']:+.3f} ± {c['spread']:.3f}"
         sentences[c["ours"]].append(f"{holds}, {c['says']} ({gain})")
     found = f"{verdict}: {'; '.join(sentences[False])}."
     if sentences[True]:
-        found += f" Our choice: {'; '.join(sentences[True])}."
+        found += f" Ours: {'; '.join(sentences[True])}."
     return found
 
 
