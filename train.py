@@ -536,14 +536,13 @@ def resumed(given, out):
 def prepare(train, run, config, flags, worlds, make_model, load_start):
     """Everything that may fail, before anything of an old run is lost.
 
-    Returns run, with what was "auto", machine, model, and Trainer's last and done. Raises
-    ValueError, OSError, ImportError.
+    Returns machine, model, and Trainer's last and done. Raises ValueError, OSError, ImportError.
     """
     machine = distributed.join_processes(run, train.total_steps())
     count = cost.parameters(make_model, config)
     n_v = max(cost.video_tokens(config, world.shape) for world in worlds.values())
-    recompute = cost.choose_recompute(count, config, run, n_v, config.text_len, machine, train.ema)
-    run = replace(run, recompute=recompute)
+    n_t = config.text_len
+    machine.recompute = cost.choose_recompute(count, config, run, n_v, n_t, machine, train.ema)
     last = checkpoints(run.out)[-1] if flags.resume else None
     for part in checkpoint.unfinished(run.out) if machine.rank == 0 else ():
         print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
@@ -571,7 +570,7 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
         if not flags.resume:
             checkpoint.start_anew(run.out, flags.overwrite)
         checkpoint.note_launch(run.out)
-    return run, machine, model, last, done
+    return machine, model, last, done
 
 
 def main(
@@ -592,7 +591,7 @@ def main(
             count, steps = cost.parameters(make_model, config), train.total_steps()
             return cost.print_training(count, config, run, world.shape, train.batch, steps)
         started = prepare(train, run, config, flags, worlds, make_model, load_start)
-        run, machine, model, last, done = started
+        machine, model, last, done = started
     except (ValueError, OSError, ImportError) as error:
         fail("train.py", error)
     try:

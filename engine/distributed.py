@@ -38,6 +38,7 @@ class Machine:
     compile: bool
     rank: int
     ranks: int
+    recompute: str = "none"  # which activations, see Run; "auto" until the sizes are known
     stopped: bool = False  # SIGTERM arrived
     begin: float = field(default_factory=lambda: time.time())
 
@@ -82,7 +83,7 @@ def join_processes(run, steps):
             world_size=ranks,
             timeout=timedelta(hours=2),  # a checkpoint may take long
         )
-    return Machine(device, bf16, compile, rank, ranks)
+    return Machine(device, bf16, compile, rank, ranks, run.recompute)
 
 
 @contextmanager
@@ -167,10 +168,10 @@ def parallelise(model, loss, run, machine, find_unused=False):
 
     find_unused: whether some steps leave parameters without a gradient.
     """
-    if machine.device.type == "cpu" and run.recompute == "keep-attention":
+    if machine.device.type == "cpu" and machine.recompute == "keep-attention":
         machine.compile = False  # torch 2.13's compiler gives wrong gradients for a batch of 1
     for block in model.blocks:
-        prepare_block(block, run.recompute, machine.compile)
+        prepare_block(block, machine.recompute, machine.compile)
     if machine.ranks == 1:
         return Objective(model.to(machine.device), loss)
     count = sum(p.numel() for p in model.parameters())
@@ -264,7 +265,7 @@ def describe(model, run, machine):
     blocks = "compiled" if machine.compile else "eager"
     kernel = attention_kernel(model.config, machine)
     how += f"{machine.device}, {numbers}, {kernel}"
-    return f"{count:,} parameters on {how}, {blocks} blocks, recompute {run.recompute}"
+    return f"{count:,} parameters on {how}, {blocks} blocks, recompute {machine.recompute}"
 
 
 @torch.no_grad()

@@ -393,7 +393,7 @@ def test_the_text_stream_starts_once_from_the_generator(
 def test_the_evaluation_knows_whether_there_is_text(stages, has_text, tmp_path, monkeypatch):
     calls = []
 
-    def evaluate(self, model, out, clips, elapsed, has_text):
+    def evaluate(self, model, out, clips, elapsed, has_text, share):
         calls.append((clips, has_text, model.training))
         return Evaluation({})
 
@@ -1117,7 +1117,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tmp_path, capsys, 
     flags = [*TINY, "--out", tmp_path / "run", "--init", tmp_path]
     text = refused(capsys, *flags, load_start=load_start)
     assert (
-        "21,656 parameters take 0.0 GB in each of 1 processes" in text
+        "21,656 parameters and 4 clips at once take 0.0 GB in each of 1 processes" in text
         and "cpu has 0.0 GB" in text
         and not (tmp_path / "run").exists()
     )

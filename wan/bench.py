@@ -99,7 +99,7 @@ def contestants(config, flags, machine):
     tau = torch.full((b,), 0.5, device=device)
     y = torch.zeros(b, config.text_len, dtype=torch.int64, device=device)
     ours, theirs = UniViGU(config), diffusers_model(config, device)
-    parallelise(ours, uni_flow_loss, Run(recompute=flags.recompute, parallel="ddp"), machine)
+    parallelise(ours, uni_flow_loss, Run(parallel="ddp"), machine)
 
     def video():
         return ours(z_v, None, tau, None, c)[0].square().mean()
@@ -335,7 +335,7 @@ def run_benchmark(flags, argv):
     """Times what the flags ask for, prints it and, with --out, stores it."""
     cuda = torch.cuda.is_available()
     bf16 = flags.precision == "bf16" or (flags.precision == "auto" and cuda)
-    machine = Machine(torch.device("cuda" if cuda else "cpu"), bf16, flags.compile, 0, 1)
+    machine = Machine(torch.device("cuda" if cuda else "cpu"), bf16, flags.compile, 0, 1, flags.recompute)
     sizes = {name: getattr(flags, name) for name in SIZES if getattr(flags, name) is not None}
     config = dataclasses.replace(PRESETS[flags.preset], **sizes)
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU cores"
