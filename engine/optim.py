@@ -15,19 +15,23 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if getattr(self, "found_inf", 0):
-            return  # as fused Adam does; this one waits for the device to know
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             by_shape: dict = {}
             for p in group["params"]:
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(momentum, group["momentum"])
+                    grad = p.grad
+                    if found_inf is not None:  # then nothing changes, and nobody waits to know
+                        grad = torch.where(found_inf > 0, momentum, grad)
+                    momentum.lerp_(grad, 1 - group["momentum"])
+                    nesterov = grad.lerp(momentum, group["momentum"])
                     by_shape.setdefault(p.shape, []).append((p, nesterov))
             for (rows, columns), pairs in by_shape.items():
                 g = torch.stack([nesterov for _, nesterov in pairs])  # (m, rows, columns)
                 updates = orthogonalise(g, group["ns_coefficients"], group["ns_steps"])
+                if found_inf is not None:
+                    updates = updates * (1 - found_inf)
                 size = max(1, rows / columns) ** 0.5
                 for (p, _), update in zip(pairs, updates):
                     p.add_(update, alpha=-group["lr"] * size)

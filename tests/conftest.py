@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # plain `pytest` finds the project's modules
 
@@ -11,6 +12,14 @@ def pytest_configure(config):
     config.option.reportchars += "s"  # say which tests of wan/ are skipped, and why
     slow = 'slow: trainings, processes, the real world; leave out with -m "not slow"'
     config.addinivalue_line("markers", slow)
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="torch finds no CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
 
 
 def pytest_unconfigure(config):

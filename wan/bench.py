@@ -160,14 +160,14 @@ def understanding(config, flags, machine):
 
 def step_functions(contestant, machine):
     """A training step, as train.py takes it, and a denoising step of a contestant, as functions."""
-    optimizer = torch.optim.Adam(contestant.parameters, lr=1e-5, fused=True)
+    optimizers = [torch.optim.Adam(contestant.parameters, lr=1e-5, fused=True)]
     guard = Guard(None, 0, [])
 
     def training():
         with autocast(machine):
             loss = contestant.forward()
         loss.backward()
-        guard.step(clip_grad_norm_(contestant.parameters, 1.0), 0, [optimizer])
+        guard.step(clip_grad_norm_(contestant.parameters, 1.0), 0, optimizers)
 
     def denoising():
         with torch.no_grad(), autocast(machine):
@@ -335,7 +335,9 @@ def run_benchmark(flags, argv):
     """Times what the flags ask for, prints it and, with --out, stores it."""
     cuda = torch.cuda.is_available()
     bf16 = flags.precision == "bf16" or (flags.precision == "auto" and cuda)
-    machine = Machine(torch.device("cuda" if cuda else "cpu"), bf16, flags.compile, 0, 1, flags.recompute)
+    machine = Machine(
+        torch.device("cuda" if cuda else "cpu"), bf16, flags.compile, 0, 1, flags.recompute
+    )
     sizes = {name: getattr(flags, name) for name in SIZES if getattr(flags, name) is not None}
     config = dataclasses.replace(PRESETS[flags.preset], **sizes)
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU cores"
