@@ -5,7 +5,6 @@ such a repository of the hub, of which only the part that is needed is downloade
 FileNotFoundError for a part that is missing, ValueError for one that is damaged or of another kind.
 """
 
-import hashlib
 import html
 import json
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from huggingface_hub import snapshot_download
 from engine.files import one_line, read_json, shorten
 
 from .shards import EOS, PAD
-from .weights import ask_hub, open_safetensors
+from .weights import ask_hub, digest, open_safetensors
 
 try:
     import ftfy
@@ -96,8 +95,8 @@ class Codec:
 
     @cached_property
     def fingerprint(self):
-        """16 hexadecimal digits that change with the VAE's config and weights, see digest."""
-        return digest(self.folder, self.tensors)
+        """16 hexadecimal digits that change with the VAE's config and weights."""
+        return module_digest(self.folder, self.tensors)
 
     def latent_shape(self, frames, height, width):
         """(C, F, H, W) of z_v for a video of this many frames and pixels.
@@ -167,7 +166,7 @@ class PromptEncoder:
     @cached_property
     def fingerprint(self):
         """16 hexadecimal digits that change with umT5's config, weights and tokenizer."""
-        return digest(self.folder, self.tensors, self.tokenizer.file.read_bytes())
+        return module_digest(self.folder, self.tensors, self.tokenizer.file.read_bytes())
 
     def __call__(self, texts):
         """B texts -> c (B, length, width).
@@ -326,26 +325,14 @@ def load_frozen(cls, folder, stem, dtype, **options):
     return module.eval().requires_grad_(False), tensors
 
 
-def digest(folder, tensors, more=b""):
-    """A module's fingerprint, 16 hexadecimal digits.
-
-    Of its config, but for what says who wrote it, of each tensor's name and its first and last
-    64 KiB, and of `more`. umT5 has 22 GB: to read all of it at every start would take a minute, and
-    other weights differ everywhere.
-    """
+def module_digest(folder, tensors, more=b""):
+    """A module's digest: of its config, but for what says who wrote it, its tensors, and `more`."""
     config = {
         name: value
         for name, value in read_json(folder / "config.json").items()
         if name[0] != "_" and name not in WRITTEN_BY
     }
-    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + more)
-    for name in sorted(tensors):
-        # mapped from the file: only what is looked at is read
-        data = tensors[name].read().flatten().view(torch.uint8)
-        total.update(name.encode())
-        total.update(data[:65536].numpy().tobytes())
-        total.update(data[-65536:].numpy().tobytes())
-    return total.hexdigest()[:16]
+    return digest(tensors, json.dumps(config, sort_keys=True).encode() + more)
 
 
 # ---------------------------------------------------------------- small things

@@ -8,6 +8,7 @@ own         what save_pretrained writes: config.json (our Config) and model.safe
 published   the authors' Uni-ViGU: one .pth file without a config, its weights under "model"
 """
 
+import hashlib
 import math
 import pickle
 import re
@@ -15,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from safetensors import safe_open
 from torch import nn
 
 from engine.files import atomic, one_line, read_json, shorten, write_json
-from univigu import PRESETS
+from univigu import PRESETS, UniViGU
 
 from .names import (
     CLASSES,
@@ -106,28 +107,62 @@ def load(
     """
     if not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"dtype is {dtype!r}, wanted a floating-point torch.dtype")
-    found, config = inspect_checkpoint(path_or_hub_id, base, overrides)
-    with torch.device("meta"):
-        model = make_model(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    dtypes = {name: torch.float32 if FP32.search(name) else dtype for name in shapes}
-    new = [name for name in shapes if found.layout in CLASSES and model.is_text(name)]
-    check_tensors(found, shapes, new)
-
-    for name in new:
-        place(model, name, torch.empty(shapes[name], dtype=dtypes[name], device=device))
-    model.init_weights()  # what is still on the meta device takes no time and no random numbers
-    for name, tensor in found.tensors.items():
-        # a copy, for the file may change while the model lives
-        values = tensor.read().to(device, dtypes[name], copy=True)
-        if not all(extreme.isfinite() for extreme in values.aminmax()):
-            theirs = their_name(name, found.layout)
-            raise ValueError(f"{found.where}: {theirs} holds NaN or infinity in {values.dtype}")
-        place(model, name, values)
+    model, read, new = open_model(path_or_hub_id, base=base, make_model=make_model, **overrides)
+    for name, p in list(model.named_parameters()):
+        p = nn.Parameter(read(name, device, kept_in(name, dtype)), p.requires_grad)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, p)
     if new:
         model.start_text()
-        print_new({name: shapes[name] for name in new})
     return model
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose weights are read one after the other."""
+
+    model: nn.Module  # on the meta device
+    read: Callable  # (name of a parameter, device, dtype) -> its value; ValueError where not finite
+    new: list[str]  # names of the parameters that the checkpoint lacks, which `read` draws
+
+
+def open_model(path_or_hub_id, *, base=None, make_model=build, **overrides):
+    """What load() loads, as Opened; a model with new parameters still wants its start_text().
+
+    Raises as load().
+    """
+    found, config = inspect_checkpoint(path_or_hub_id, base, overrides)
+    with torch.device("meta"):
+        model, blank = make_model(config), make_model(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    new = [name for name in shapes if found.layout in CLASSES and model.is_text(name)]
+    check_tensors(found, shapes, new)
+    print_new({name: shapes[name] for name in new})
+
+    @cache
+    def drawn():
+        for name in new:
+            module, _, leaf = name.rpartition(".")
+            p = nn.Parameter(torch.empty(shapes[name]))
+            setattr(blank.get_submodule(module), leaf, p)
+        blank.init_weights()  # what is on the meta device takes no time and no random numbers
+        return dict(blank.named_parameters())
+
+    def read(name, device="cpu", dtype=torch.float32):
+        if name not in found.tensors:
+            return drawn()[name].detach().to(device, dtype)
+        # a copy, for the file may change while the model lives
+        values = found.tensors[name].read().to(device, dtype, copy=True)
+        if not all(extreme.isfinite() for extreme in values.aminmax()):
+            theirs = their_name(name, found.layout)
+            raise ValueError(f"{found.where}: {theirs} holds NaN or infinity in {dtype}")
+        return values
+
+    return Opened(model, read, new)
+
+
+def kept_in(name, dtype):
+    """The dtype of a parameter in a model of `dtype`."""
+    return torch.float32 if FP32.search(name) else dtype
 
 
 def export(model, path, layout):
@@ -294,6 +329,8 @@ def inspect_checkpoint(path_or_hub_id, base, overrides, weights=True):
     if unknown := sorted(set(overrides) - OPTIONS):
         raise ValueError(f"overrides have {', '.join(unknown)}, wanted fields of Config")
     found = open_checkpoint(path_or_hub_id, weights)
+    if found.layout == "own":
+        found = with_base(found, weights)
     if base is not None and (found.layout != "published" or lacks_video(found.tensors)):
         found = complete(found, open_checkpoint(base, weights), base)
     try:
@@ -319,6 +356,53 @@ def complete(found, base, name):
         )
     unexpected = found.unexpected + base.unexpected
     return Found(found.layout, found.where, base.tensors | found.tensors, unexpected)
+
+
+def base_of(folder):
+    """What train.json says of a checkpoint's base, {"checkpoint", "digest"}: the one that has the
+    weights which its run did not train. None where it has all of them."""
+    file = folder / "train.json"
+    return read_json(file).get("base") if file.is_file() else None
+
+
+def as_base(path_or_hub_id):
+    """What a run that starts from this checkpoint, and trains the text alone, says of its base."""
+    found = open_checkpoint(path_or_hub_id, weights=True)
+    if found.layout == "own" and base_of(found.where):
+        return base_of(found.where)
+    here = Path(path_or_hub_id)
+    name = str(here.resolve()) if here.exists() else str(path_or_hub_id)
+    return {"checkpoint": name, "digest": digest(video_of(found))}
+
+
+def video_of(found):
+    """The tensors of a checkpoint's video model."""
+    return {name: t for name, t in found.tensors.items() if not UniViGU.is_text(name)}
+
+
+def with_base(found, weights):
+    """A checkpoint of our own with what it has from its base. weights: see find().
+
+    Raises FileNotFoundError where the base is not there, ValueError where its weights are others.
+    """
+    stored = base_of(found.where)
+    if stored is None:
+        return found
+    try:
+        name, wanted = stored["checkpoint"], stored["digest"]
+    except (LookupError, TypeError):
+        raise ValueError(f"{found.where / 'train.json'} has a base that is not of train.py") from None
+    try:
+        base = open_checkpoint(name, weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{found.where} lacks its base: {one_line(error)}") from None
+    video = video_of(base)
+    if weights and digest(video) != wanted:
+        raise ValueError(
+            f"{found.where} was trained on the weights {wanted} of {name}, found {digest(video)}, "
+            "wanted the same"
+        )
+    return Found("own", found.where, video | found.tensors, found.unexpected)
 
 
 def open_checkpoint(path_or_hub_id, weights):
@@ -530,10 +614,18 @@ def check_tensors(found, shapes, new):
     raise ValueError(f"{found.where} does not fit the model: {'; '.join(counts)}{hint}")
 
 
-def place(model, name, tensor):
-    """Makes `tensor` the parameter `name` of the model."""
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+def digest(tensors, more=b""):
+    """A fingerprint of tensors, 16 hexadecimal digits: of each one's name and its first and last
+    64 KiB, and of `more`. umT5 has 22 GB: to read all of it at every start would take a minute, and
+    other weights differ everywhere."""
+    total = hashlib.sha256(more)
+    for name in sorted(tensors):
+        # mapped from the file: only what is looked at is read
+        data = tensors[name].read().flatten().view(torch.uint8)
+        total.update(name.encode())
+        total.update(data[:65536].numpy().tobytes())
+        total.update(data[-65536:].numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def print_new(shapes):
