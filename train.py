@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import wan
 from engine import checkpoint, cost, distributed, pages
-from engine.checkpoint import Average, Saver, checkpoints, needs_prompt
+from engine.checkpoint import Average, Saver, Start, checkpoints, needs_prompt
 from engine.distributed import no_grad_sync
 from engine.files import append_line, read_json
 from engine.metrics import Estimate, Log, Meter, tracker
@@ -176,6 +176,12 @@ class Train:
     lambda_t: float = option(
         0.0, "weight of the text flow in eq. 11; 0 = |z_v| / |z_t|", low=0, high=1e6
     )
+    train: str = option(
+        "all",
+        "what the text stages train: 'all', as the paper, or the 'text' stream alone: the rest "
+        "stays as --init has it, in bf16 on a GPU, and checkpoints hold the text stream",
+        choices=("all", "text"),
+    )
     sampling: str = option(
         "world",
         "how the evaluation and sample.py sample by default: as suits the 'world', or as the "
@@ -213,9 +219,10 @@ class Train:
 def make_optimizers(model, kind, lr, adam_lr, text=True):
     """Adam with the paper's betas for everything, or, with kind "muon", Muon for the blocks'
     matrices and Adam for the rest. text: whether the text stream is trained too."""
-    trained = {name: p for name, p in model.named_parameters() if text or not model.is_text(name)}
     matrices, rest = [], []
-    for name, p in trained.items():
+    for name, p in model.named_parameters():
+        if not p.requires_grad or not (text or not model.is_text(name)):
+            continue
         for_muon = kind == "muon" and name.startswith("blocks.") and p.ndim == 2
         (matrices if for_muon else rest).append(p)
     rest_lr = adam_lr if matrices else lr
@@ -247,25 +254,25 @@ class Stop(Exception):
 
 
 class Trainer:
-    """A run in progress. worlds: by stage, see make_worlds. last: the checkpoint that it goes on
-    from, (step, folder), or None. done: what train.json says of the checkpoint that the weights
-    are from."""
+    """A run in progress. worlds: by stage, see make_worlds. start: what it begins with. last: the
+    checkpoint that it goes on from, (step, folder), or None."""
 
-    def __init__(self, train, run, worlds, machine, model, loss, last, done):
+    def __init__(self, train, run, worlds, machine, start, loss, last):
         self.train, self.run, self.worlds, self.machine = train, run, worlds, machine
         self.world = worlds[train.names()[-1]]  # evaluates, and is stored
-        self.model, self.last, self.shown = model, last, {}
+        self.model = model = start.model
+        self.last, self.shown, done = last, {}, start.done
+        self.options = asdict(train) | asdict(run)
+        find_unused = "generator" in train.names()
+        self.objective = distributed.parallelise(model, loss, run, machine, find_unused, start.read)
         self.text_started = done.get("stage") in ("recall", "refine")
         if STAGES[train.names()[0]] and not self.text_started:
             self.start_text()
-        self.options = asdict(train) | asdict(run)
-        find_unused = "generator" in train.names()
-        self.objective = distributed.parallelise(model, loss, run, machine, find_unused)
         if machine.rank == 0:
             print(json.dumps(self.options | asdict(model.config), indent=1))
             print(distributed.describe(model, run, machine), flush=True)
         self.average = Average(model, train.ema) if train.ema else None
-        self.saver = Saver(run, machine, self.options, self.world.state)
+        self.saver = Saver(run, machine, self.options, self.world.state, start.base)
         before = done if last else {"step": 0, "elapsed": 0.0, "skipped": []}
         self.step, self.before, self.begin = before["step"], before["elapsed"], time.time()
         distributed.check_same_step(machine, self.step, run.out)
@@ -441,12 +448,28 @@ def make_worlds(train, make_world):
     return by_stage(stages, make)
 
 
+def load_own(folder, config, make_model):
+    """The Start in a folder that train.py wrote. Raises ValueError, OSError."""
+    done = checkpoint.read_done(folder, config)
+    model, read, _ = wan.open_model(folder, make_model=make_model, **asdict(config))
+    return Start(model, read, done)
+
+
 def load_start(folder, config, make_model):
-    """The model that --init names, and what its train.json says. Raises ValueError, OSError."""
-    if wan.is_wan(folder):
-        model = wan.load(folder, make_model=make_model, **asdict(config))
-        return model, {"stage": "recall"}  # its text has started
-    return checkpoint.load_model(folder, config, make_model)
+    """The Start that --init names. Raises ValueError, OSError."""
+    if not wan.is_wan(folder):
+        return load_own(folder, config, make_model)
+    model, read, new = wan.open_model(folder, make_model=make_model, **asdict(config))
+    return Start(model, read, {} if new else {"stage": "recall"})
+
+
+def freeze(start, source, bf16):
+    """Leaves the text stream alone to be trained. source: the checkpoint with the rest."""
+    for name, p in start.model.named_parameters():
+        if not start.model.is_text(name):
+            p.requires_grad_(False)
+            p.data = p.data.to(wan.kept_in(name, torch.bfloat16 if bf16 else p.dtype))
+    start.base = {"base": wan.as_base(source)}
 
 
 def parse(argv=None, make_world=make_world):
@@ -473,6 +496,11 @@ def parse(argv=None, make_world=make_world):
         micro_batch = run.micro_batch or max(1, train.batch // ranks)
         run = replace(run, micro_batch=micro_batch)
         run.check(train.batch, ranks)
+        if train.train == "text" and (not train.init or "generator" in names):
+            raise ValueError(
+                f"train is 'text' with stages {train.stages} and init {train.init!r}, wanted "
+                "--init, the checkpoint with the rest, and --stages recall,refine"
+            )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return train, run, config, flags
@@ -536,13 +564,11 @@ def resumed(given, out):
 def prepare(train, run, config, flags, worlds, make_model, load_start):
     """Everything that may fail, before anything of an old run is lost.
 
-    Returns machine, model, and Trainer's last and done. Raises ValueError, OSError, ImportError.
+    Returns machine, Start, and Trainer's last. Raises ValueError, OSError, ImportError.
     """
     machine = distributed.join_processes(run, train.total_steps())
-    count = cost.parameters(make_model, config)
-    n_v = max(cost.video_tokens(config, world.shape) for world in worlds.values())
-    n_t = config.text_len
-    machine.recompute = cost.choose_recompute(count, config, run, n_v, n_t, machine, train.ema)
+    job = job_of(train, config, worlds, make_model)
+    machine.recompute = cost.choose_recompute(job, run, machine)
     last = checkpoints(run.out)[-1] if flags.resume else None
     for part in checkpoint.unfinished(run.out) if machine.rank == 0 else ():
         print(f"{part} is no complete checkpoint: ignored", file=sys.stderr)
@@ -561,16 +587,23 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
                 f"{place} is no checkpoint, but one would take its place: move it, or choose "
                 "another --out"
             )
+    if machine.rank == 0 and not flags.resume:
+        checkpoint.check_anew(run.out, flags.overwrite)
     if source:
-        load = checkpoint.load_model if last else load_start
-        model, done = load(source, config, make_model)
+        start = (load_own if last else load_start)(source, config, make_model)
     else:
-        model, done = make_model(config), {}
-    if machine.rank == 0:
-        if not flags.resume:
-            checkpoint.start_anew(run.out, flags.overwrite)
-        checkpoint.note_launch(run.out)
-    return machine, model, last, done
+        start = Start(make_model(config))
+    if train.train == "text":
+        freeze(start, source, machine.bf16)
+    return machine, start, last
+
+
+def job_of(train, config, worlds, make_model):
+    """A run in sizes, with its longest clips."""
+    count, video = cost.parameters(make_model, config)
+    n_v = max(cost.video_tokens(config, world.shape) for world in worlds.values())
+    frozen = video if train.train == "text" else 0
+    return cost.Job(config, count, frozen, n_v, config.text_len, train.batch, bool(train.ema))
 
 
 def main(
@@ -588,15 +621,18 @@ def main(
         for world in worlds.values():
             world.check(config)
         if flags.dry_run:
-            count, steps = cost.parameters(make_model, config), train.total_steps()
-            return cost.print_training(count, config, run, world.shape, train.batch, steps)
-        started = prepare(train, run, config, flags, worlds, make_model, load_start)
-        machine, model, last, done = started
+            job = job_of(train, config, worlds, make_model)
+            return cost.print_training(job, run, train.total_steps())
+        machine, start, last = prepare(train, run, config, flags, worlds, make_model, load_start)
     except (ValueError, OSError, ImportError) as error:
         fail("train.py", error)
     try:
         with distributed.settings(machine):
-            trainer = Trainer(train, run, worlds, machine, model, loss, last, done)
+            trainer = Trainer(train, run, worlds, machine, start, loss, last)
+            if machine.rank == 0:
+                if not flags.resume:
+                    checkpoint.start_anew(run.out)
+                checkpoint.note_launch(run.out)
             trainer.run_stages()
         if machine.rank == 0:
             options = trainer.options | asdict(config)

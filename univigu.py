@@ -395,7 +395,8 @@ class EmbeddingFlow:
         if anchor:
             z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
             logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5  # (B, N, V)
-            ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
+            ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            ce = ce.view(y.shape).mean(1)
         x1 = model.config.text_output == "x1"  # near data its velocity's error has no bound
         weight = ((1 - tau_t) / (1 - tau_t).clamp(min=0.25)).square() if x1 else 1
         return weight * (v_t - u_t).square().flatten(1).sum(1), ce

@@ -8,9 +8,10 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -34,15 +35,26 @@ RESULTS = "results.json", "report.html"
 # What train.json holds.
 STATE: dict = dict(step=int, stage=str, elapsed=(int, float), skipped=list, train=dict)
 
-# All of it, gathered by process 0: any number of processes may load it.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# All that is trained, gathered by process 0: any number of processes may load it.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    model: torch.nn.Module  # on the meta device where there is a `read`
+    read: Callable | None = None  # its parameters, see engine.distributed.fill
+    done: dict = field(default_factory=dict)  # the train.json of the checkpoint they are from
+    base: dict = field(default_factory=dict)  # for a new train.json: who has what is not trained
 
 
 class Average:
     """Exponential moving average of a model's weights. Each process averages what it holds."""
 
     def __init__(self, model, decay):
-        self.decay, self.weights = decay, [local_shard(p) for p in model.parameters()]
+        trained = (p for p in model.parameters() if p.requires_grad)
+        self.decay, self.weights = decay, [local_shard(p) for p in trained]
         self.mean = [w.clone() for w in self.weights]
 
     def update(self):
@@ -69,14 +81,15 @@ class Average:
 
 
 class Saver:
-    """Writes checkpoints into run.out. options, world_state: what train.json and world.json say.
+    """Writes checkpoints into run.out. options, world_state: what train.json and world.json say;
+    base: what the former says of the checkpoint that has what is not trained, {} for none.
 
     With run.async_save a thread writes, from copies, while training goes on; what goes wrong there
     is raised at the next save or at the end.
     """
 
-    def __init__(self, run, machine, options, world_state):
-        self.run, self.machine = run, machine
+    def __init__(self, run, machine, options, world_state, base):
+        self.run, self.machine, self.base = run, machine, base
         self.options, self.world_state = options, world_state
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
@@ -103,7 +116,7 @@ class Saver:
         texts = {
             "config.json": asdict(model.config),
             "world.json": self.world_state,
-            "train.json": {"train": self.options, **state},
+            "train.json": {"train": self.options, **self.base, **state},
         }
         if self.machine.rank > 0:
             meter.empty()  # process 0 has the sums now
@@ -164,30 +177,18 @@ def unfinished(out):
     return [part for part in parts if part.is_dir()]
 
 
-def load_model(folder, config, make_model):
-    """A checkpoint -> its model, and what its train.json says ({} without one).
+def read_done(folder, config):
+    """What the train.json of a checkpoint of this config says; {} without one.
 
-    Raises ValueError for what is no checkpoint, is damaged, or has another config.
+    Raises ValueError for what is no checkpoint, or has another config.
     """
     folder = Path(folder)
     for name in ("model.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder of train.py's")
-    stored, done = read_json(folder / "config.json"), {}
-    if (folder / "train.json").exists():
-        done = read_json(folder / "train.json")
-    check_config(folder, stored, config)
-    model = make_model(config)
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except Exception as error:  # truncated and foreign files fail in many ways
-        raise ValueError(
-            f"checkpoint {folder} cannot be read: {type(error).__name__}: {one_line(error)}"
-        ) from None
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise ValueError(f"checkpoint {folder}: {name} holds NaN or infinity")
-    return model, done
+    check_config(folder, read_json(folder / "config.json"), config)
+    file = folder / "train.json"
+    return read_json(file) if file.exists() else {}
 
 
 def read_options(folder):
@@ -249,7 +250,7 @@ def restore(folder, model, optimizers, meter, average, machine):
     try:
         path = folder / "training_state.pt"
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        options = StateDictOptions(full_state_dict=True)
+        options = StateDictOptions(full_state_dict=True, strict=False)  # frozen ones are not there
         if machine.ranks == 1:
             restore_states(model, optimizers, stored["optimizers"]["state"])
         else:
@@ -283,11 +284,9 @@ def restore_states(model, optimizers, states):
 # ---------------------------------------------------------------- a run's folder
 
 
-def start_anew(out, overwrite):
-    """Makes a run's folder, without an older run's files.
-
-    Raises ValueError where there are some and `overwrite` is False, or where it cannot be written.
-    """
+def check_anew(out, overwrite):
+    """Raises ValueError where a run's folder has an older run's files and `overwrite` is False, or
+    where it cannot be written."""
     out = Path(out)
     check_folder(out)
     old = checkpoints(out)
@@ -302,7 +301,12 @@ def start_anew(out, overwrite):
                 f"{out} has a {name}, but no checkpoint, and a run would write over it: "
                 "add --overwrite, or choose another --out"
             )
-    for _, folder in old:
+
+
+def start_anew(out):
+    """Makes a run's folder, without an older run's files. Raises OSError."""
+    out = Path(out)
+    for _, folder in checkpoints(out):
         shutil.rmtree(folder)
     out.mkdir(parents=True, exist_ok=True)
     for name in (*LOGS, *RESULTS):

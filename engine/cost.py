@@ -3,8 +3,11 @@
 import math
 import os
 import time
+from dataclasses import dataclass
 
 import torch
+
+from univigu import Config
 
 # dense bf16 FLOP/s, as their makers state them
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -35,9 +38,13 @@ def peak_flops(device):
 
 
 def parameters(make_model, config):
-    """How many parameters the model of a config has; allocates none of them."""
+    """How many parameters the model of a config has, and how many of them Wan has; allocates none
+    of them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make_model(config).parameters())
+        model = make_model(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    video = sum(size for name, size in sizes.items() if not model.is_text(name))
+    return sum(sizes.values()), video
 
 
 def chosen_parallel(count, run):
@@ -88,27 +95,47 @@ def block_bytes(config, n_v, n_t, recompute, bf16):
     return (67 if bf16 else 87) * n * config.dim + experts
 
 
-def training_memory(count, config, run, n_v, n_t, recompute, bf16, average=0.0):
-    """Bytes of a training step in each process: name of a part -> bytes.
+@dataclass
+class Job:
+    """What is trained, in sizes alone."""
 
-    count: parameters; run.micro_batch clips of n_v and n_t tokens; average: the decay of a moving
-    average of the weights, which takes as much as they do, 0: none.
-    """
-    share, clips = sharing(count, run), run.micro_batch
-    block = clips * block_bytes(config, n_v, n_t, recompute, bf16)
-    whole = clips * block_bytes(config, n_v, n_t, "none", bf16)
-    kept = config.num_layers * block + 15 * clips * (n_v + n_t) * config.dim
-    at_work = 0.1 * whole if recompute == "none" else 1.1 * whole
-    weights = (16 if average else 12) * count / share
-    return {
-        "weights and Adam's moments": weights,
-        "gradients": 4 * count / share,
+    config: Config
+    count: int  # parameters
+    frozen: int  # of them, without gradient
+    n_v: int  # tokens of the video
+    n_t: int  # and of the text
+    batch: int  # clips a step
+    average: bool = False  # whether there is a moving average of the weights
+
+    def flops(self):
+        """FLOPs of a clip's forward pass."""
+        return forward_flops(self.config, self.n_v, self.n_t)
+
+
+def training_memory(job, run, recompute, bf16):
+    """Bytes of a training step in each process: name of a part -> bytes."""
+    share, clips = sharing(job.count, run), run.micro_batch
+    sizes = job.config, job.n_v, job.n_t
+    block = clips * block_bytes(*sizes, recompute, bf16)
+    whole = clips * block_bytes(*sizes, "none", bf16)
+    kept = job.config.num_layers * block + 15 * clips * (job.n_v + job.n_t) * job.config.dim
+    trained = job.count - job.frozen
+    gradients = 4 * trained / share
+    if job.batch == clips:  # one process, and one backward pass, in which they come as those go
+        gradients = max(0, gradients - kept)
+    parts = {
+        "weights and Adam's moments": (16 if job.average else 12) * trained / share,
+        "frozen weights": (2 if bf16 else 4) * job.frozen / share,
+        "gradients": gradients,
         "kept for the backward pass": kept,
-        "a block at work": at_work,
+        "a block at work": (0.1 if recompute == "none" else 1.1) * whole,
     }
+    if share > 1:  # one at work, one that comes, and a gradient that goes
+        parts["whole blocks"] = 12 * job.count / job.config.num_layers
+    return {name: size for name, size in parts.items() if size}
 
 
-def choose_recompute(count, config, run, n_v, n_t, machine, average):
+def choose_recompute(job, run, machine):
     """run.recompute, or, where that is "auto", the least that fits this process's device.
 
     Raises ValueError, with the parts, where that does not fit.
@@ -117,38 +144,34 @@ def choose_recompute(count, config, run, n_v, n_t, machine, average):
     if run.recompute != "auto":
         modes = (run.recompute,)
     for recompute in modes:
-        parts = training_memory(count, config, run, n_v, n_t, recompute, machine.bf16, average)
+        parts = training_memory(job, run, recompute, machine.bf16)
         if sum(parts.values()) < there:
             return recompute
     told = ", ".join(f"{size / 1e9:.1f} GB {name}" for name, size in parts.items())
     raise ValueError(
-        f"{count:,} parameters and {run.micro_batch} clips at once take "
+        f"{job.count:,} parameters and {run.micro_batch} clips at once take "
         f"{sum(parts.values()) / 1e9:.1f} GB in each of {machine.ranks} processes with recompute "
         f"{recompute} ({told}), but {machine.device} has {there / 1e9:.1f} GB: wanted more "
-        "processes with --parallel fsdp, a smaller --micro-batch, or a smaller model"
+        "processes with --parallel fsdp, a smaller --micro-batch, --train text, or a smaller model"
     )
 
 
-def print_training(count, config, run, shape, batch, steps):
-    """Prints what a run takes, from sizes alone.
-
-    count: parameters; shape (C, F, H, W) of a latent; batch: clips a step; steps: of the run.
-    """
+def print_training(job, run, steps):
+    """Prints what a run of so many steps takes, from sizes alone."""
     if int(os.environ.get("RANK", 0)):
         return  # one process speaks
     ranks = processes()
-    n_v = video_tokens(config, shape)
-    n_t = config.text_len
     passes = 4 if run.recompute == "full" else 3
-    step = batch * passes * forward_flops(config, n_v, n_t)
+    step = job.batch * passes * job.flops()
     days = step * steps / (0.4 * PEAK["H100"]) / ranks / 86400
+    trained = f", {job.count - job.frozen:,} of them trained" if job.frozen else ""
     print(
-        f"{count:,} parameters; {n_v:,} video and {n_t} text tokens a clip, "
-        f"{batch} clips a step, {steps:,} steps"
+        f"{job.count:,} parameters{trained}; {job.n_v:,} video and {job.n_t} text tokens a clip, "
+        f"{job.batch} clips a step, {steps:,} steps"
     )
-    print(f"memory of each of {ranks} processes ({chosen_parallel(count, run)}), in bf16:")
+    print(f"memory of each of {ranks} processes ({chosen_parallel(job.count, run)}), in bf16:")
     for recompute in RECOMPUTE if run.recompute == "auto" else (run.recompute,):
-        parts = training_memory(count, config, run, n_v, n_t, recompute, bf16=True)
+        parts = training_memory(job, run, recompute, bf16=True)
         told = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
         print(f"  recompute {recompute}: {sum(parts.values()) / 1e9:.1f} GB ({told})")
     print(

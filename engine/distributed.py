@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
@@ -163,30 +164,57 @@ class Objective(torch.nn.Module):
         return z_v(self.model) if callable(z_v) else self.loss(self.model, z_v, y, c, **options)
 
 
-def parallelise(model, loss, run, machine, find_unused=False):
+def parallelise(model, loss, run, machine, find_unused=False, read=None):
     """The Objective of a model over all processes, each block compiled, recomputed and sharded.
 
-    find_unused: whether some steps leave parameters without a gradient.
+    find_unused: whether some steps leave parameters without a gradient. read: see fill().
     """
     if machine.device.type == "cpu" and machine.recompute == "keep-attention":
         machine.compile = False  # torch 2.13's compiler gives wrong gradients for a batch of 1
     for block in model.blocks:
         prepare_block(block, machine.recompute, machine.compile)
-    if machine.ranks == 1:
-        return Objective(model.to(machine.device), loss)
-    count = sum(p.numel() for p in model.parameters())
-    if chosen_parallel(count, run) == "ddp":
-        return DistributedDataParallel(
-            Objective(model.to(machine.device), loss),
-            device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused,
-        )
-    mesh = shards(run, machine)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    # parameters and reduction in fp32; autocast makes the products bf16
-    return fully_shard(Objective(model, loss), mesh=mesh)
+    objective, count = Objective(model, loss), sum(p.numel() for p in model.parameters())
+    sharded = machine.ranks > 1 and chosen_parallel(count, run) == "fsdp"
+    if sharded:
+        mesh = shards(run, machine)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        # parameters and reduction in fp32; autocast makes the products bf16
+        objective = fully_shard(objective, mesh=mesh)
+    if read:
+        fill(model, read, machine)
+    elif not sharded:
+        model.to(machine.device)
+    if machine.ranks == 1 or sharded:
+        return objective
+    return DistributedDataParallel(
+        objective,
+        device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+    )
+
+
+@torch.no_grad()
+def fill(model, read, machine):
+    """Gives a model on the meta device its parameters, one after the other, so that no process
+    holds more than what it keeps of them.
+
+    read(name, device, dtype) -> a whole one. Process 0 reads; the others get what they hold of it.
+    """
+    model.to_empty(device=machine.device)
+    for name, p in model.named_parameters():
+        if machine.rank == 0:
+            whole = read(name, machine.device, p.dtype)
+        else:
+            whole = torch.empty(p.shape, device=machine.device, dtype=p.dtype)
+        if isinstance(p, DTensor):
+            part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=0)
+            p.to_local().copy_(part.to_local())
+            continue
+        if machine.ranks > 1:
+            dist.broadcast(whole, 0)
+        p.copy_(whole)
 
 
 def shards(run, machine):

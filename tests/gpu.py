@@ -65,7 +65,7 @@ class Place:
         return Machine(self.device, True, compile, 0, 1, recompute)
 
     def clock(self, step, repeats=3):
-        """Median seconds of a call, after one that warms up, and the GB that all calls peaked at."""
+        """Median seconds of a call, after one that warms up, and GB of memory at the peak."""
         seconds, gb = [], 0.0
         if not self.tiny:
             torch.cuda.reset_peak_memory_stats()

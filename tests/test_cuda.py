@@ -1,4 +1,4 @@
-"""What only a GPU can show. `bash tests/gpu.sh tests` runs it; without a GPU all of it is skipped."""
+"""What only a GPU can show; skipped without one. `bash tests/gpu.sh tests` runs it."""
 
 import json
 

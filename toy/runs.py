@@ -5,14 +5,15 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 import train
-from engine.checkpoint import checkpoints, load_model
+import wan
+from engine.checkpoint import checkpoints
 from engine.files import read_json, write_json
 from univigu import Config, understand, uni_flow_loss
 from wan.published import build
@@ -148,8 +149,8 @@ class Run:
 
     def restored(self, checkpoint):
         """The model of one of its checkpoints."""
-        model, _ = load_model(checkpoint, self.config, self.variant.make_model)
-        return model.eval()
+        make_model = self.variant.make_model
+        return wan.load(checkpoint, make_model=make_model, **asdict(self.config)).eval()
 
     @cached_property
     def model(self):

@@ -13,6 +13,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 import toy
+from engine.checkpoint import Start
 from univigu import MIXTURE, Attention, EmbeddingFlow, UniViGU, uni_flow_loss
 
 from .words import PAD
@@ -179,4 +180,4 @@ def graft(folder, config, make_model):
     model, weights = make_model(config), load_file(Path(folder) / "model.safetensors")
     video = {name: weights[name] for name in model.state_dict() if not model.is_text(name)}
     model.load_state_dict(video, strict=False)
-    return model, {}
+    return Start(model)

@@ -367,9 +367,10 @@ def base_of(folder):
 
 def as_base(path_or_hub_id):
     """What a run that starts from this checkpoint, and trains the text alone, says of its base."""
+    kind, where = find(path_or_hub_id, weights=False)
+    if kind == "own" and base_of(where):
+        return base_of(where)
     found = open_checkpoint(path_or_hub_id, weights=True)
-    if found.layout == "own" and base_of(found.where):
-        return base_of(found.where)
     here = Path(path_or_hub_id)
     name = str(here.resolve()) if here.exists() else str(path_or_hub_id)
     return {"checkpoint": name, "digest": digest(video_of(found))}
@@ -391,7 +392,9 @@ def with_base(found, weights):
     try:
         name, wanted = stored["checkpoint"], stored["digest"]
     except (LookupError, TypeError):
-        raise ValueError(f"{found.where / 'train.json'} has a base that is not of train.py") from None
+        raise ValueError(
+            f"{found.where / 'train.json'} has a base that is not of train.py"
+        ) from None
     try:
         base = open_checkpoint(name, weights)
     except FileNotFoundError as error:
