@@ -463,13 +463,12 @@ def load_start(folder, config, make_model):
     return Start(model, read, {} if new else {"stage": "recall"})
 
 
-def freeze(start, source, bf16):
-    """Leaves the text stream alone to be trained. source: the checkpoint with the rest."""
-    for name, p in start.model.named_parameters():
-        if not start.model.is_text(name):
+def freeze(model, bf16):
+    """Leaves the text stream alone to be trained, and keeps the rest in bf16 if asked to."""
+    for name, p in model.named_parameters():
+        if not model.is_text(name):
             p.requires_grad_(False)
             p.data = p.data.to(wan.kept_in(name, torch.bfloat16 if bf16 else p.dtype))
-    start.base = {"base": wan.as_base(source)}
 
 
 def parse(argv=None, make_world=make_world):
@@ -594,7 +593,8 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
     else:
         start = Start(make_model(config))
     if train.train == "text":
-        freeze(start, source, machine.bf16)
+        freeze(start.model, machine.bf16)
+        start.base = {"base": wan.as_base(source)}
     return machine, start, last
 
 

@@ -81,18 +81,21 @@ def memory(device):
 RECOMPUTE = "none", "keep-attention", "full"  # the more is recomputed, the less is kept
 
 
-def block_bytes(config, n_v, n_t, recompute, bf16):
+def block_bytes(config, n_v, n_t, recompute, bf16, frozen=False):
     """What a block keeps of a clip for the backward pass; the factors are counted, see the tests.
 
-    n_v, n_t: tokens of the video and of the text.
+    n_v, n_t: tokens of the video and of the text. frozen: of what is Wan's only the gradients of
+    inputs are wanted.
     """
     n, size = n_v + n_t, 2 if bf16 else 4
     if recompute == "full":
         return 4 * n * config.dim  # what comes in, in fp32
     if recompute == "keep-attention":
         return (4 + 2 * size) * n * config.dim  # and what both attentions give
-    experts = 2 * size * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
-    return (67 if bf16 else 87) * n * config.dim + experts
+    experts = size * (config.ffn_dim * n_v + config.text_ffn_dim * n_t)
+    if frozen:
+        return (38 if bf16 else 51) * n * config.dim + experts
+    return (67 if bf16 else 87) * n * config.dim + 2 * experts
 
 
 @dataclass
@@ -115,10 +118,16 @@ class Job:
 def training_memory(job, run, recompute, bf16):
     """Bytes of a training step in each process: name of a part -> bytes."""
     share, clips = sharing(job.count, run), run.micro_batch
-    sizes = job.config, job.n_v, job.n_t
-    block = clips * block_bytes(*sizes, recompute, bf16)
-    whole = clips * block_bytes(*sizes, "none", bf16)
-    kept = job.config.num_layers * block + 15 * clips * (job.n_v + job.n_t) * job.config.dim
+    frozen, width = job.frozen > 0, clips * (job.n_v + job.n_t) * job.config.dim
+    block, whole = (
+        clips * block_bytes(job.config, job.n_v, job.n_t, mode, bf16, frozen)
+        for mode in (recompute, "none")
+    )
+    kept = job.config.num_layers * block + (6 if frozen else 15) * width
+    at_work = (0.1 if recompute == "none" else 1.1) * whole
+    if frozen:
+        expert = clips * job.n_v * job.config.ffn_dim * (2 if bf16 else 4)
+        at_work = 1.8 * expert if recompute == "none" else whole + 1.3 * expert
     trained = job.count - job.frozen
     gradients = 4 * trained / share
     if job.batch == clips:  # one process, and one backward pass, in which they come as those go
@@ -128,7 +137,7 @@ def training_memory(job, run, recompute, bf16):
         "frozen weights": (2 if bf16 else 4) * job.frozen / share,
         "gradients": gradients,
         "kept for the backward pass": kept,
-        "a block at work": (0.1 if recompute == "none" else 1.1) * whole,
+        "a block at work": at_work,
     }
     if share > 1:  # one at work, one that comes, and a gradient that goes
         parts["whole blocks"] = 12 * job.count / job.config.num_layers
@@ -136,7 +145,8 @@ def training_memory(job, run, recompute, bf16):
 
 
 def choose_recompute(job, run, machine):
-    """run.recompute, or, where that is "auto", the least that fits this process's device.
+    """run.recompute, or, where that is "auto", the least that fits this process's device and leaves
+    a tenth of it to what is not counted.
 
     Raises ValueError, with the parts, where that does not fit.
     """
@@ -145,7 +155,7 @@ def choose_recompute(job, run, machine):
         modes = (run.recompute,)
     for recompute in modes:
         parts = training_memory(job, run, recompute, machine.bf16)
-        if sum(parts.values()) < there:
+        if sum(parts.values()) < (1.0 if recompute == modes[-1] else 0.9) * there:
             return recompute
     told = ", ".join(f"{size / 1e9:.1f} GB {name}" for name, size in parts.items())
     raise ValueError(

@@ -127,7 +127,7 @@ def tests(place):
     return {what: int(count) for count, what in counts}
 
 
-def training(place, compile, recompute):
+def training(place, compile, recompute, what="all"):
     """A training step, as train.py takes it, of the 1.3B model: batch 1, bf16, Adam."""
     machine, config = place.machine(compile, recompute), place.config
     with place.device:
@@ -138,21 +138,29 @@ def training(place, compile, recompute):
         )
         c = torch.randn(1, config.prompt_len, config.prompt_dim)
     run = Run(micro_batch=1)
+    if what == "text":
+        train.freeze(model, bf16=True)
     objective = distributed.parallelise(model, uni_flow_loss, run, machine)
-    options = {"generator": torch.Generator().manual_seed(0)}
+    options = {"generator": torch.Generator().manual_seed(0), "anchor": train.REAL["anchor"]}
 
     def loss():
         return objective(z_v, y, c, options)[0]
 
-    step, _ = step_functions(Contestant(loss, list(model.parameters()), 0), machine)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step, _ = step_functions(Contestant(loss, parameters, 0), machine)
     with distributed.settings(machine):
         first = time.perf_counter()
         step()
         first = time.perf_counter() - first
         seconds, gb = place.clock(step, 1 if place.tiny else 3)
     flops = 3 * cost.forward_flops(config, *place.tokens)
-    count = sum(p.numel() for p in model.parameters())
-    parts = cost.training_memory(count, config, run, *place.tokens, recompute, True)
+    count, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or every)
+        for every in (True, False)
+    )
+    parts = cost.training_memory(
+        cost.Job(config, count, count - trained, *place.tokens, batch=1), run, recompute, True
+    )
     figures = {"tokens": sum(place.tokens), "first_s": first, "seconds": seconds, "flops": flops}
     if not place.tiny:
         figures["mfu"] = flops / seconds / cost.peak_flops(place.device)
@@ -250,6 +258,11 @@ PARTS = {
     "sampling": (50, sampling),
     "understanding": (50, understanding),
     "vae": (50, vae),
+    "text-keep-attention": (
+        60,
+        partial(training, compile=False, recompute="keep-attention", what="text"),
+    ),
+    "text-full": (60, partial(training, compile=False, recompute="full", what="text")),
     "toy": (120, toy),
     "eager-full": (60, partial(training, compile=False, recompute="full")),
     "compiled-full": (120, partial(training, compile=True, recompute="full")),
