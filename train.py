@@ -265,6 +265,9 @@ class Trainer:
         self.options = asdict(train) | asdict(run)
         find_unused = "generator" in train.names()
         self.objective = distributed.parallelise(model, loss, run, machine, find_unused, start.read)
+        if start.shards:
+            weights = checkpoint.held_tensors(model)
+            checkpoint.load_shards(start.shards, weights)
         self.text_started = done.get("stage") in ("recall", "refine")
         if STAGES[train.names()[0]] and not self.text_started:
             self.start_text()
@@ -387,7 +390,7 @@ class Trainer:
             state = {"step": step, "stage": stage, "elapsed": self.elapsed()}
             state["skipped"] = self.guard.skipped
             name = stage if ends else f"step-{step:06d}"
-            self.saver.save(name, self.model, state, optimizers, meter, self.average)
+            self.saver.save(name, self.model, state, optimizers, meter, self.average, whole=ends)
         if run.val_every and step % run.val_every == 0:
             out = Path(run.out, "val", f"step-{step:06d}")
             results = self.evaluate(stage, run.val_clips, out)
@@ -450,9 +453,21 @@ def make_worlds(train, make_world):
 
 def load_own(folder, config, make_model):
     """The Start in a folder that train.py wrote. Raises ValueError, OSError."""
-    done = checkpoint.read_done(folder, config)
-    model, read, _ = wan.open_model(folder, make_model=make_model, **asdict(config))
-    return Start(model, read, done)
+    done, sizes = checkpoint.read_done(folder, config), asdict(config)
+    if not Path(folder, checkpoint.SHARDS).is_dir():
+        model, read, _ = wan.open_model(folder, make_model=make_model, **sizes)
+        return Start(model, read, done)
+    if "base" in done:
+        model, read, _ = wan.open_base(done["base"], folder, make_model=make_model, **sizes)
+    else:
+        with torch.device("meta"):
+            model = make_model(config)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+
+        def read(name, device, dtype):
+            return torch.zeros(shapes[name], device=device, dtype=dtype)
+
+    return Start(model, read, done, shards=Path(folder))
 
 
 def load_start(folder, config, make_model):

@@ -2,12 +2,17 @@
 
 A run's folder holds one folder a checkpoint: model.safetensors and config.json, world.json (what
 sample.py needs beside the model), train.json and training_state.pt, and ema/ where there is one.
+Where FSDP has cut the model, a checkpoint within a stage has shards/ instead of weights and
+optimizers, a file of each process:
+
+    python -m engine.checkpoint runs/wan/step-001000      makes a model.safetensors of them
 """
 
 import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +20,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,9 +31,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from engine.distributed import local_shard, wait_for_all
-from engine.files import atomic, check_folder, one_line, read_json, write_json, write_text
+from engine.files import atomic, check_folder, one_line, read_json, remove, write_json, write_text
+from engine.options import Parser, fail, run_command
 from univigu import Config
 
 LAUNCH = ".launch"  # file in a run's folder: the call of torchrun that began it, see launch()
@@ -47,6 +57,7 @@ class Start:
     read: Callable | None = None  # its parameters, see engine.distributed.fill
     done: dict = field(default_factory=dict)  # the train.json of the checkpoint they are from
     base: dict = field(default_factory=dict)  # for a new train.json: who has what is not trained
+    shards: Path | None = None  # the checkpoint whose shards hold what is trained
 
 
 class Average:
@@ -84,14 +95,16 @@ class Saver:
     """Writes checkpoints into run.out. options, world_state: what train.json and world.json say;
     base: what the former says of the checkpoint that has what is not trained, {} for none.
 
-    With run.async_save a thread writes, from copies, while training goes on; what goes wrong there
-    is raised at the next save or at the end.
+    With run.async_save, and of shards always, a thread writes, from copies, while training goes on;
+    what goes wrong there is raised at the next save or at the end.
     """
 
     def __init__(self, run, machine, options, world_state, base):
         self.run, self.machine, self.base = run, machine, base
         self.options, self.world_state = options, world_state
         self.thread, self.pending = ThreadPoolExecutor(1), None
+        # of its own, since its thread and the loop would mix up what they send
+        self.group = dist.new_group(backend="gloo") if machine.ranks > 1 else None
 
     def wait(self):
         """Until the last checkpoint is complete. Raises OSError where it could not be written."""
@@ -99,25 +112,29 @@ class Saver:
         if pending:
             pending.result()
 
-    def save(self, name, model, state, optimizers, meter, average):
-        """Called by all processes; process 0 writes OUT/name. state: for train.json."""
+    def save(self, name, model, state, optimizers, meter, average, whole):
+        """Called by all processes; process 0 writes OUT/name. state: for train.json. whole: the
+        weights become one file also where processes hold shards."""
         self.wait()
         wait_for_all(self.machine)
         if self.machine.ranks > 1:
             meter.sum_over_processes()
-        tensors = {".": get_model_state_dict(model, options=WHOLE)}
-        if average:
-            with average.in_place():
-                tensors["ema"] = copy.deepcopy(get_model_state_dict(model, options=WHOLE))
-        training = {
-            "optimizers": get_optimizer_state_dict(model, optimizers, options=WHOLE),
-            "meter": {"sums": meter.sums.clone(), "loss": meter.loss.clone()},
-        }
+        training = {"meter": {"sums": meter.sums.clone(), "loss": meter.loss.clone()}}
         texts = {
             "config.json": asdict(model.config),
             "world.json": self.world_state,
             "train.json": {"train": self.options, **self.base, **state},
         }
+        if not whole and is_sharded(model):
+            self.save_shards(name, model, texts, optimizers, training, average)
+            if self.machine.rank > 0:
+                meter.empty()
+            return
+        tensors = {".": get_model_state_dict(model, options=WHOLE)}
+        if average:
+            with average.in_place():
+                tensors["ema"] = copy.deepcopy(get_model_state_dict(model, options=WHOLE))
+        training["optimizers"] = get_optimizer_state_dict(model, optimizers, options=WHOLE)
         if self.machine.rank > 0:
             meter.empty()  # process 0 has the sums now
         elif self.run.async_save:
@@ -139,14 +156,111 @@ class Saver:
                         write_json(part / folder / file, values)
                 torch.save(training, part / "training_state.pt")
             except Exception as error:  # on a full disk, both libraries have errors of their own
-                free = shutil.disk_usage(self.run.out).free
-                raise OSError(f"{one_line(error)} ({free:,} bytes were free)") from None
+                raise self.full(error) from None
             os.sync()  # before its name says that it is complete
+        self.remove_old()
+
+    def save_shards(self, name, model, texts, optimizers, training, average):
+        """Each process begins to write what it holds; process 0 names the checkpoint at the end."""
+        final = Path(self.run.out, name)
+        part = final.with_name(f".part-{name}")
+        if self.machine.rank == 0:
+            remove(part)
+            (part / SHARDS).mkdir(parents=True)
+            for file, values in texts.items():
+                write_json(part / file, values)
+            torch.save(training, part / "training_state.pt")
+        wait_for_all(self.machine)
+        writer = HuggingFaceStorageWriter(str(part / SHARDS), save_distributed=True)
+        held = held_tensors(model, optimizers, average)
+        future = dcp.async_save(held, storage_writer=writer, process_group=self.group)
+        self.pending = self.thread.submit(self.finish, future, part, final)
+
+    def finish(self, future, part, final):
+        """Waits for the shards of all processes, and gives their folder its name."""
+        try:
+            future.result()
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+            raise OSError(f"{final} cannot be written: {self.full(error)}") from None
+        if self.machine.rank == 0:
+            os.sync()
+            remove(final)
+            part.rename(final)
+            self.remove_old()
+
+    def full(self, error):
+        """What went wrong, and how much room there was."""
+        free = shutil.disk_usage(self.run.out).free
+        return OSError(f"{one_line(error)} ({free:,} bytes were free)")
+
+    def remove_old(self):
+        """Removes the oldest checkpoints beyond run.keep."""
         steps = [
             folder for _, folder in checkpoints(self.run.out) if folder.name.startswith("step-")
         ]
         for old in steps[: -self.run.keep]:
             shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
+
+
+# ---------------------------------------------------------------- shards
+
+SHARDS = "shards"
+HELD = StateDictOptions(ignore_frozen_params=True)
+
+
+def is_sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def held_tensors(model, optimizers=(), average=None):
+    """What this process holds of what is trained: name -> tensor, as torch keeps it."""
+    held = {f"model.{name}": x for name, x in get_model_state_dict(model, options=HELD).items()}
+    if average:
+        with average.in_place():
+            mean = copy.deepcopy(get_model_state_dict(model, options=HELD))
+        held |= {f"ema.{name}": x for name, x in mean.items()}
+    for optimizer in optimizers:
+        options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+        states = get_optimizer_state_dict(model, optimizer, options=options)
+        held |= {name: x for name, x in states.items() if isinstance(x, torch.Tensor)}
+    return held
+
+
+def load_shards(folder, tensors):
+    """The values of a checkpoint's shards into tensors of the same names, cut in any way.
+
+    Raises OSError where they are damaged.
+    """
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            reader = HuggingFaceStorageReader(str(folder / SHARDS))
+            dcp.load(tensors, storage_reader=reader, no_dist=alone)
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise OSError(
+            f"checkpoint {folder}: its shards cannot be read ({one_line(error)[:300]}): remove "
+            "this folder and --resume goes on from the checkpoint before it"
+        ) from None
+
+
+def join_shards(folder):
+    """Writes the model.safetensors of a checkpoint that has shards.
+
+    Raises ValueError where it has none, OSError where they are damaged or it cannot be written.
+    """
+    if not (folder / SHARDS).is_dir():
+        raise ValueError(f"{folder} has no {SHARDS}/, wanted a checkpoint within a stage, of FSDP")
+    found = HuggingFaceStorageReader(str(folder / SHARDS)).read_metadata().state_dict_metadata
+    whole = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in found.items()
+        if name.startswith("model.")
+    }
+    load_shards(folder, whole)
+    weights = {name.removeprefix("model."): x for name, x in whole.items()}
+    with atomic(folder / "model.safetensors") as part:
+        save_file(weights, part, {"format": "pt"})
 
 
 # ---------------------------------------------------------------- finding and reading
@@ -183,8 +297,9 @@ def read_done(folder, config):
     Raises ValueError for what is no checkpoint, or has another config.
     """
     folder = Path(folder)
-    for name in ("model.safetensors", "config.json"):
-        if not (folder / name).is_file():
+    weights = SHARDS if (folder / SHARDS).is_dir() else "model.safetensors"
+    for name in (weights, "config.json"):
+        if not (folder / name).exists():
             raise ValueError(f"checkpoint {folder} has no {name}, wanted a folder of train.py's")
     check_config(folder, read_json(folder / "config.json"), config)
     file = folder / "train.json"
@@ -251,11 +366,13 @@ def restore(folder, model, optimizers, meter, average, machine):
         path = folder / "training_state.pt"
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         options = StateDictOptions(full_state_dict=True, strict=False)  # frozen ones are not there
-        if machine.ranks == 1:
+        if (folder / SHARDS).is_dir():
+            restore_shards(folder, model, optimizers, average)
+        elif machine.ranks == 1:
             restore_states(model, optimizers, stored["optimizers"]["state"])
         else:
             set_optimizer_state_dict(model, optimizers, stored["optimizers"], options=options)
-        if average:
+        if average and not (folder / SHARDS).is_dir():
             weights = load_file(folder / "ema" / "model.safetensors")
             with average.in_place():
                 set_model_state_dict(model, weights, options=options)
@@ -267,6 +384,16 @@ def restore(folder, model, optimizers, meter, average, machine):
             f"checkpoint {folder}: its training state cannot be read ({type(error).__name__}): "
             "remove this folder and --resume goes on from the checkpoint before it"
         ) from None
+
+
+def restore_shards(folder, model, optimizers, average):
+    """What optimizers and the average know, into their own tensors, from shards."""
+    held = held_tensors(model, optimizers, average)
+    load_shards(folder, {name: x for name, x in held.items() if not name.startswith("model.")})
+    if average:
+        mean = {n.removeprefix("ema."): x for n, x in held.items() if n.startswith("ema.")}
+        with average.in_place():
+            set_model_state_dict(model, mean, options=StateDictOptions(strict=False))
 
 
 def restore_states(model, optimizers, states):
@@ -360,3 +487,18 @@ def was_restarted(out):
     """Whether torchrun starts the processes of this run again, after one of them died."""
     file = Path(out, LAUNCH)
     return bool(launch() and checkpoints(out) and file.exists() and file.read_text() == launch())
+
+
+def main(argv=None):
+    parser = Parser(prog="engine.checkpoint", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a folder with shards/")
+    folder = parser.parse_args(argv).checkpoint
+    try:
+        join_shards(folder)
+    except (ValueError, OSError) as error:
+        fail("engine.checkpoint", error)
+    print(f"wrote {folder / 'model.safetensors'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -192,6 +192,7 @@ def parallelise(model, loss, run, machine, find_unused=False, read=None):
         device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,
+        init_sync=False,  # they are the same already, and this would copy them
     )
 
 

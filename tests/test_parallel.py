@@ -15,7 +15,7 @@ import torch
 from test_train import MODEL
 
 import train
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.checkpoint import checkpoints
 from engine.cost import forward_flops
 from engine.options import Run
@@ -86,10 +86,9 @@ def wait_for(out, step, process):
     raise AssertionError(f"no step {step} within a minute")
 
 
-def assert_same_losses(found, wanted, rel=3e-4):
-    assert (
-        [line["step"] for line in found] == [line["step"] for line in wanted] == list(range(1, 21))
-    )
+def assert_same_losses(found, wanted, rel=3e-4, steps=20):
+    numbers = list(range(1, steps + 1))
+    assert [line["step"] for line in found] == [line["step"] for line in wanted] == numbers
     for a, b in zip(found, wanted):
         for name, factor in (("loss", 1), ("video", 1), ("text", 1), ("grad_norm", 10)):
             assert a[name] == pytest.approx(b[name], rel=rel * factor, abs=2e-6 if rel else 0), (
@@ -108,7 +107,7 @@ def one(tmp_path_factory):
 # What a rank of two asserts; `o` is an Objective over both.
 RANK = """
 import sys, torch, torch.distributed as dist
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.options import Run
 from toy import World
 from univigu import Config, UniViGU, uni_flow_loss
@@ -263,6 +262,118 @@ def test_a_run_goes_on_with_other_processes(first, then, one, tmp_path):
     assert_same_losses(lines(out), lines(one))
 
 
+def test_shards_are_resumed_by_four_processes_and_then_by_one(one, tmp_path):
+    out = tmp_path / "run"
+    for ranks, step in ((2, 5), (4, 12)):
+        resume = ["--resume"] if ranks == 4 else []
+        process = start(out, "--parallel", "fsdp", "--save-every", "1", *resume, ranks=ranks)
+        wait_for(out, step, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=100)
+        _, last = checkpoints(out)[-1]
+        files = sorted(file.name for file in (last / "shards").iterdir())
+        assert len(files) == ranks and all(name.endswith(".safetensors") for name in files)
+        assert not (last / "model.safetensors").exists()
+    checkpoint.main([str(last)])
+    model = UniViGU.from_pretrained(last)  # the same weights, made into one file
+    stored = UniViGU.from_pretrained(one / "refine")
+    assert all(a.shape == b.shape for a, b in zip(model.parameters(), stored.parameters()))
+    (last / "model.safetensors").unlink()
+    finish(start(out, "--resume"))
+    assert_same_losses(lines(out), lines(one))
+    assert (out / "refine" / "model.safetensors").is_file()  # a stage's end has one file
+    mean, wanted = (
+        UniViGU.from_pretrained(folder / "refine" / "ema").state_dict() for folder in (out, one)
+    )
+    assert max((mean[name] - x).abs().max() for name, x in wanted.items()) < 0.02
+
+
+def test_a_damaged_shard_is_told(one, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start(out, "--parallel", "fsdp", "--save-every", "2", ranks=2)
+    wait_for(out, 6, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    _, last = checkpoints(out)[-1]
+    file = sorted((last / "shards").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:1000])
+    resumed = start(out, "--resume")
+    said = resumed.communicate(timeout=100)[0]
+    assert resumed.returncode and "its shards cannot be read" in said
+    assert said.strip().splitlines()[-1].startswith("train.py: error: ")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_text_alone_is_trained_in_two_processes_as_in_one(parallel, one, tmp_path):
+    flags = ["--train", "text", "--init", str(one / "recall"), "--stages", "refine"]
+    finish(start(tmp_path / "one", *flags))
+    out = tmp_path / "run"
+    process = start(out, *flags, "--parallel", parallel, "--save-every", "1", ranks=2)
+    wait_for(out, 4, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    finish(start(out, *flags, "--resume", "--parallel", parallel, ranks=2))
+    assert_same_losses(lines(out), lines(tmp_path / "one"), steps=12)
+
+
+LOADING = """
+import resource, sys, torch
+from pathlib import Path
+import train, wan
+from engine import checkpoint, distributed
+from engine.options import Run
+from univigu import Config, UniViGU, uni_flow_loss
+
+def kept_and_most():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")]
+
+parallel, folder = sys.argv[1:]
+run = Run(parallel=parallel, recompute="none", device="cpu", compile="no", micro_batch=1)
+machine = distributed.join_processes(run, 1)
+small = UniViGU(Config())  # what any first use takes is not counted
+with torch.device("meta"):
+    blank = UniViGU(Config())
+read = lambda name, *_: small.get_parameter(name).data
+distributed.parallelise(blank, uni_flow_loss, run, machine, read=read)
+before, _ = kept_and_most()
+model, read, _ = wan.open_model(folder)
+distributed.parallelise(model, uni_flow_loss, run, machine, read=read)
+after, most = kept_and_most()
+print("MEASURED", machine.rank, before, after, most, flush=True)
+distributed.leave(machine)
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_loading_takes_little_more_than_what_is_kept(parallel, tmp_path):
+    """1 GB of weights, two processes: beyond what they keep, a fifth of a copy on the host."""
+    config = Config(dim=1024, ffn_dim=4096, text_ffn_dim=1024, num_heads=8, num_layers=13)
+    model = UniViGU(config)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 1e9
+    model.save_pretrained(tmp_path)
+    del model
+    (tmp_path / "load.py").write_text(LOADING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(20000 + os.getpid() % 20000), str(tmp_path / "load.py")]
+    ended = subprocess.run(
+        [*command, parallel, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    found = re.findall(r"MEASURED (\d) (\d+) (\d+) (\d+)", ended.stdout)
+    assert len(found) == 2, ended.stdout + ended.stderr[-3000:]
+    beyond = 0
+    for _, before, _, most in found:
+        kept = size if parallel == "ddp" else size / 2
+        beyond += int(most) - int(before) - kept
+    assert beyond < 0.2 * size, found
+
+
 def test_sigterm_saves_and_ends_cleanly_and_the_run_goes_on_bit_for_bit(one, tmp_path):
     out = tmp_path / "run"
     process = start(out, "--save-every", "1000")
@@ -386,7 +497,7 @@ LEFT_OPEN = """
 import sys, types
 sys.path.insert(0, {root!r})
 import torch, toy
-from engine import distributed
+from engine import checkpoint, distributed
 run = types.SimpleNamespace(micro_batch=4, workers=2)
 alone = types.SimpleNamespace(rank=0, ranks=1, device=torch.device("cpu"))
 dataset = toy.World(0).dataset("train")
@@ -434,7 +545,6 @@ def test_compiled_and_recomputed_gradients_are_the_plain_ones(recompute):
     for kind, compile in (("none", "no"), (recompute, "yes")):
         settings = Run(recompute=kind, compile=compile, device="cpu", precision="fp32")
         machine = distributed.join_processes(settings, steps=1)
-        assert machine.compile == (compile == "yes" and kind != "keep-attention")
         torch.manual_seed(0)
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
@@ -442,6 +552,7 @@ def test_compiled_and_recomputed_gradients_are_the_plain_ones(recompute):
         for head in (model.head, model.head_t):
             torch.nn.init.normal_(head.head.weight, std=0.02)
         objective = distributed.parallelise(model, uni_flow_loss, settings, machine)
+        assert machine.compile == (compile == "yes" and kind != "keep-attention")
         objective(
             batch["z_v"],
             batch["prompt"],

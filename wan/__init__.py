@@ -11,4 +11,15 @@ if sys.argv[0] == "-m":  # a program of this package is about to run
     spin_briefly_beside_others()
 
 from .data import World
-from .weights import as_base, config, export, find, is_wan, kept_in, layout, load, open_model
+from .weights import (
+    as_base,
+    config,
+    export,
+    find,
+    is_wan,
+    kept_in,
+    layout,
+    load,
+    open_base,
+    open_model,
+)

@@ -382,30 +382,40 @@ def video_of(found):
 
 
 def with_base(found, weights):
-    """A checkpoint of our own with what it has from its base. weights: see find().
-
-    Raises FileNotFoundError where the base is not there, ValueError where its weights are others.
-    """
+    """A checkpoint of our own with what it has from its base. weights: see find(). Raises as
+    check_base()."""
     stored = base_of(found.where)
     if stored is None:
         return found
+    check_base(stored, found.where, weights)
+    video = video_of(open_checkpoint(stored["checkpoint"], weights))
+    return Found("own", found.where, video | found.tensors, found.unexpected)
+
+
+def open_base(stored, folder, *, make_model, **overrides):
+    """The base of the checkpoint in `folder` as Opened. stored: see base_of. Raises as load()."""
+    check_base(stored, folder, weights=True)
+    return open_model(stored["checkpoint"], make_model=make_model, **overrides)
+
+
+def check_base(stored, folder, weights):
+    """Raises FileNotFoundError where the base of the checkpoint in `folder` is not there,
+    ValueError where its weights are others."""
     try:
         name, wanted = stored["checkpoint"], stored["digest"]
     except (LookupError, TypeError):
         raise ValueError(
-            f"{found.where / 'train.json'} has a base that is not of train.py"
+            f"{folder / 'train.json'} has a base that train.py did not write"
         ) from None
     try:
         base = open_checkpoint(name, weights)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{found.where} lacks its base: {one_line(error)}") from None
-    video = video_of(base)
-    if weights and digest(video) != wanted:
+        raise FileNotFoundError(f"{folder} lacks its base: {one_line(error)}") from None
+    if weights and (found := digest(video_of(base))) != wanted:
         raise ValueError(
-            f"{found.where} was trained on the weights {wanted} of {name}, found {digest(video)}, "
+            f"{folder} was trained on the weights {wanted} of {name}, which has {found} now, "
             "wanted the same"
         )
-    return Found("own", found.where, video | found.tensors, found.unexpected)
 
 
 def open_checkpoint(path_or_hub_id, weights):
