@@ -308,6 +308,7 @@ class Trainer:
         if here:
             checkpoint.truncate_logs(run.out, self.step)
         distributed.wait_for_all(machine)
+        distributed.lose_patience(self.objective, machine)
         costs = [x for s in train.names() for x in [self.flops(s)] * train.of(s, "steps")]
         self.estimate = Estimate(costs[self.step :])
         try:

@@ -82,7 +82,7 @@ def join_processes(run, steps):
             store=store,
             rank=rank,
             world_size=ranks,
-            timeout=timedelta(hours=2),  # a checkpoint may take long
+            timeout=timedelta(hours=2),  # loading may take long, see lose_patience
         )
     return Machine(device, bf16, compile, rank, ranks, run.recompute)
 
@@ -356,6 +356,20 @@ def all_reduce_max(machine, value):
 def wait_for_all(machine):
     """Returns when every process is here."""
     all_reduce_max(machine, 0)
+
+
+PATIENCE = timedelta(minutes=10)
+
+
+def lose_patience(objective, machine):
+    """From now on a process that waits ten minutes for another ends the run. Once all is loaded,
+    only a hang takes so long."""
+    if machine.ranks == 1:
+        return
+    parts = (p for p in objective.parameters() if isinstance(p, DTensor))
+    meshes = {id(p.device_mesh): p.device_mesh for p in parts}.values()
+    for group in [None, *(group for mesh in meshes for group in mesh.get_all_groups())]:
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)  # torch has no public one
 
 
 def check_same_step(machine, step, out):

@@ -182,6 +182,29 @@ assert done == ([0, 2, 4] if m.rank == 0 else [1, 3])
     two_ranks("ddp", body, tmp_path)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_once_training_runs_nobody_waits_for_hours(parallel, tmp_path):
+    body = """
+import os, time
+from datetime import timedelta
+assert timedelta(minutes=1) < distributed.PATIENCE < timedelta(minutes=30)
+distributed.PATIENCE = timedelta(seconds=2)
+distributed.lose_patience(o, m)
+learn()
+if m.rank == 1:
+    time.sleep(6)
+    os._exit(0)
+begin = time.time()
+try:
+    distributed.wait_for_all(m)
+except RuntimeError:
+    pass
+assert 1 < time.time() - begin < 5
+os._exit(0)
+"""
+    two_ranks(parallel, body, tmp_path)
+
+
 @pytest.mark.parametrize(
     "major, cudnn, first",
     [
@@ -404,7 +427,7 @@ def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(one, tmp_path):
     process = start(out, ranks=2)
     wait_for(out, 7, process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.communicate(timeout=60)
     assert process.returncode != 0 and checkpoints(out)[-1][0] >= 5
     finish(start(out, "--resume", ranks=2))
     assert_same_losses(lines(out), lines(one))
