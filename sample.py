@@ -176,12 +176,12 @@ def run(flags):
     size = chosen_size(flags, checkpoint.world)
     shape = latent_shape(checkpoint, size)
     large = size[1] * size[2] > 480 * 832
-    options = sampler_options(flags, checkpoint, large)
+    options = sampler_options(flags, checkpoint, shape)
     check_page(flags)
     work = (to_describe if flags.mode == "understand" else to_draw)(flags, checkpoint.world)
     if flags.dry_run:
         config, has_text = checkpoint.config, checkpoint.stage != "generator"
-        count = cost.parameters(build, config)
+        count, _ = cost.parameters(build, config)
         cost.print_sampling(count, config, shape, flags.mode, options, has_text, device, len(work))
         if not checkpoint.world.fixed_size:
             decode = 8.2 * size[1] * size[2] / (480 * 832)  # GB, as counted
@@ -229,16 +229,14 @@ def latent_shape(checkpoint, size):
     return checkpoint.config.in_dim, 1 + t // 4, h // 8, w // 8
 
 
-def sampler_options(flags, checkpoint, large):
+def sampler_options(flags, checkpoint, shape):
     """Arguments of the sampler: the world's, or Wan's for its model and size; flags win."""
     world, mode = checkpoint.world, flags.mode
-    options = dict(world.sampling[mode])
+    options = world.options(mode, shape)
     own = world.sampling == type(world).sampling  # its recipe says nothing else
-    if mode == "generate" and not world.fixed_size and own:
-        if checkpoint.stage == "generator" and checkpoint.config.dim == 1536:  # the 1.3B
-            options |= {"guidance": 6.0, "shift": 8.0}
-        elif large:
-            options["shift"] = 5.0
+    wan_itself = checkpoint.stage == "generator" and not world.fixed_size
+    if mode == "generate" and own and wan_itself and checkpoint.config.dim == 1536:  # the 1.3B
+        options |= {"guidance": 6.0, "shift": 8.0}
     for name in ("steps", "guidance", "shift"):
         if getattr(flags, name) is not None:
             options[name] = getattr(flags, name)
@@ -419,7 +417,8 @@ def embed(world, prompts):
     for i in range(0, len(prompts), 64):
         for c in world.prompt_encoder(prompts[i : i + 64]).cpu():
             tokens = max(1, int(c.any(-1).sum()))
-            found.append(c[:tokens].clone()[None])
+            c = c[:tokens].to(torch.float32 if world.fixed_size else torch.bfloat16)
+            found.append(c.float()[None].clone())  # rounded as the data that it was trained on
     return found
 
 

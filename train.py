@@ -31,7 +31,7 @@ from tqdm import tqdm
 import wan
 from engine import checkpoint, cost, distributed, pages
 from engine.checkpoint import Average, Saver, Start, checkpoints, needs_prompt
-from engine.distributed import no_grad_sync
+from engine.distributed import all_reduce_max, no_grad_sync
 from engine.files import append_line, read_json
 from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
@@ -86,6 +86,7 @@ REAL: dict = PAPER | dict(
     warmup=1000,
     decay=0.0,
     save_every=1000,
+    val_every=2000,
     eval_clips=16,
     workers=2,
 )
@@ -347,6 +348,10 @@ class Trainer:
             lambda_t=train.lambda_t or None,
             anchor=train.anchor,
         )
+        lines = pages.read_lines(Path(run.out, "validation.jsonl"))
+        validated = self.step in (line["step"] for line in lines)
+        if run.val_every and self.step == first and not all_reduce_max(machine, validated):
+            self.validate(stage)  # what training is to be compared with
         model.train()
         for step in range(self.step, end):
             lr_scale = schedule(step - first, steps, train.warmup, train.decay)
@@ -393,13 +398,21 @@ class Trainer:
             name = stage if ends else f"step-{step:06d}"
             self.saver.save(name, self.model, state, optimizers, meter, self.average, whole=ends)
         if run.val_every and step % run.val_every == 0:
-            out = Path(run.out, "val", f"step-{step:06d}")
-            results = self.evaluate(stage, run.val_clips, out)
-            if machine.rank == 0:
-                append_line(Path(run.out, "validation.jsonl"), {"step": step, **results})
-            self.model.train()
+            self.validate(stage)
         if stop and step < self.train.total_steps():
             raise Stop(f"stopped at step {step}, saved; --resume goes on")
+
+    def validate(self, stage):
+        """An evaluation of few clips, into OUT/val, validation.jsonl and the report."""
+        run = self.run
+        out = Path(run.out, "val", f"step-{self.step:06d}")
+        results = self.evaluate(stage, run.val_clips, out)
+        if self.machine.rank == 0:
+            line = {"step": self.step, "stage": stage, **results}
+            append_line(Path(run.out, "validation.jsonl"), line)
+            pages.write_gallery(out, self.shown.get("gallery", []))
+            pages.write_report(run.out, {}, self.options | asdict(self.model.config))
+        self.model.train()
 
     def evaluate(self, stage, clips, out):
         """The world's evaluation, into `out`. Returns its results; a report shows the rest."""

@@ -78,7 +78,8 @@ def trajectory(title, lead, about, steps):
 
 
 def write_report(folder, shown, configuration):
-    """Writes folder/report.html from the folder's metrics.jsonl and results.json, where they exist.
+    """Writes folder/report.html from the folder's metrics.jsonl, validation.jsonl, results.json and
+    what validations left in val/, where they exist.
 
     configuration: name -> value. shown: what else the world's evaluation has to show, each part
     only where there is one:
@@ -92,17 +93,47 @@ def write_report(folder, shown, configuration):
         "gallery": dicts of mode, right (True, False or None: unknown), frames (3, T, H, W) in
             [-1, 1], and lines [(name, text)]
     """
-    folder, metrics, results = Path(folder), [], {}
-    if (folder / "metrics.jsonl").exists():
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
+    folder, results = Path(folder), {}
+    metrics = read_lines(folder / "metrics.jsonl")
     if (folder / "results.json").exists():
         results = read_json(folder / "results.json")
-    write_text(folder / "report.html", report(metrics, results, shown, configuration))
+    drift, validated = validations(folder)
+    page = report(metrics, results, shown, configuration, drift, validated)
+    write_text(folder / "report.html", page)
 
 
-def report(metrics, results, shown, configuration):
-    """The text of write_report's page."""
+def write_gallery(folder, gallery):
+    """Writes the gallery of a validation, see write_report, where the report will find it."""
+    entries = [clip(entry) | {"mode": entry["mode"]} for entry in gallery]
+    write_text(Path(folder) / "gallery.json", json.dumps(entries))
+
+
+def validations(folder):
+    """What a run's validations say: drift, see below, and (name, gallery) of each, newest first.
+
+    drift: the video's loss by tenth of the clock, of the generator before text was trained, or of
+    the first validation, and of the last one: "before" and "now", their steps, and "rows".
+    """
+    lines = [line for line in read_lines(folder / "validation.jsonl") if line.get("video_by_tenth")]
+    drift = None
+    if len(lines) > 1:
+        now = lines[-1]
+        before = next((x for x in reversed(lines) if x.get("stage") == "generator"), lines[0])
+        pairs = zip(before["video_by_tenth"], now["video_by_tenth"])
+        drift = {"before": before["step"], "now": now["step"], "rows": [*enumerate(pairs)]}
+    files = sorted(folder.glob("val/step-*/gallery.json"), reverse=True)
+    return drift, [(file.parent.name, json.loads(file.read_text())) for file in files]
+
+
+def read_lines(path):
+    """The objects in a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def report(metrics, results, shown, configuration, drift=None, validated=()):
+    """The text of write_report's page. drift, validated: see validations()."""
     accuracy, reference = shown.get("accuracy", []), shown.get("reference", {})
     stages = groupby(metrics, lambda line: line["stage"])
     modes = groupby(shown.get("gallery", []), lambda entry: entry["mode"])
@@ -120,6 +151,8 @@ def report(metrics, results, shown, configuration):
         curves=[curve(stage, list(lines), reference.get(stage, {})) for stage, lines in stages],
         confusions=[confusion(name, *found) for name, found in shown.get("confusion", {}).items()],
         gallery={mode: [clip(entry) for entry in entries] for mode, entries in modes},
+        drift=drift,
+        validated=validated,
     )
 
 

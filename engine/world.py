@@ -157,6 +157,10 @@ class World(Protocol):
     """Mode, "understand", "generate" or "joint" -> arguments of its sampler by default. `state` has
     it, so that a checkpoint is sampled as its recipe says."""
 
+    def options(self, mode: str, shape: tuple[int, ...]) -> dict:
+        """The arguments of a mode's sampler for a latent of `shape`: of `sampling`, or what suits
+        that size better."""
+
     @property
     def texts(self) -> tuple[str, ...]:
         """Which texts every clip has: "prompt", "caption"."""

@@ -244,10 +244,9 @@ def test_two_processes_give_the_losses_of_one(flags, one, tmp_path):
     output = finish(start(tmp_path / "run", *flags, ranks=2 if "--parallel" in flags else 1))
     assert "--parallel" not in flags or f"2 processes, {flags[1]}" in output
     assert_same_losses(lines(tmp_path / "run"), lines(one))
-    for checkpoint in ("refine", "refine/ema"):
+    for of in ("refine", "refine/ema"):
         a, b = (
-            UniViGU.from_pretrained(folder / checkpoint).state_dict()
-            for folder in (tmp_path / "run", one)
+            UniViGU.from_pretrained(folder / of).state_dict() for folder in (tmp_path / "run", one)
         )
         apart, size = (
             torch.stack([x.norm() for x in xs]).norm()

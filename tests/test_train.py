@@ -1023,12 +1023,16 @@ def test_validation_always_has_the_same_clips_and_changes_nothing(whole, tmp_pat
     run(tmp_path, *optimizer_flags("muon"), "--val-every", "5", "--val-clips", "3")
     assert_same_run(tmp_path, whole["muon"])
     lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert (
-        [line["step"] for line in lines] == [5, 10]
-        and "understanding" not in lines[0]
-        and "understanding" in lines[1]
-    )
-    assert {f.name for f in (tmp_path / "val").iterdir()} == {"step-000005", "step-000010"}
+    steps = [(line["step"], line["stage"]) for line in lines]  # before each stage, and each 5
+    assert steps == [(0, "generator"), (5, "generator"), (9, "refine"), (10, "refine")]
+    assert ["understanding" in line for line in lines] == [False, False, True, True]
+    assert all(len(line["video_by_tenth"]) == 10 for line in lines)
+    folders = sorted(f.name for f in (tmp_path / "val").iterdir())
+    assert folders == [f"step-{step:06d}" for step, _ in steps]
+    page = (tmp_path / "report.html").read_text()
+    shown = [page.index(f"Validation at {name.replace('-', ' ')}") for name in folders]
+    assert shown == sorted(shown, reverse=True)  # the newest first
+    assert "at step 5, before text was trained, and at step 10" in page
     assert {f.name for f in (tmp_path / "val" / "step-000010").iterdir()} >= {
         "understand.gif",
         "generate.gif",
@@ -1037,7 +1041,25 @@ def test_validation_always_has_the_same_clips_and_changes_nothing(whole, tmp_pat
     }
     model = UniViGU.from_pretrained(tmp_path / "generator")
     found = World(seed=0).evaluate(model.eval(), tmp_path, 3, 0.0, has_text=False)
-    assert found.results["loss"] == lines[0]["loss"]
+    for name in ("loss", "video_by_tenth"):
+        assert found.results[name] == lines[1][name]
+
+
+@pytest.mark.parametrize("trained", ["all", "text"])
+def test_where_nothing_is_learned_every_validation_finds_the_same(trained, whole, tmp_path):
+    rates = [f"--{name}-lr 0".split() for name in ("recall", "refine", "adam")]
+    flags = [*sum(rates, []), "--stages", "recall,refine", "--train", trained]
+    run(tmp_path, "--init", str(whole["muon"] / "generator"), "--val-every", "2", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    for line in lines[1:]:
+        for name, value in line.items():
+            assert name in ("step", "stage") or name.endswith("_s") or value == lines[0][name]
+    for sample in ("generate.gif", "joint.gif", "samples.png"):
+        first, *others = [
+            (tmp_path / "val" / f"step-{line['step']:06d}" / sample).read_bytes() for line in lines
+        ]
+        assert all(other == first for other in others)
 
 
 def test_validation_is_of_the_averaged_weights_and_goes_on_after_a_kill(tmp_path):
@@ -1051,14 +1073,15 @@ def test_validation_is_of_the_averaged_weights_and_goes_on_after_a_kill(tmp_path
         {k: v for k, v in json.loads(line).items() if not k.endswith("_s")}
         for line in (tmp_path / name / "validation.jsonl").read_text().splitlines()
     ]
-    assert read("cut") == read("whole") and [line["step"] for line in read("cut")] == [7, 14]
+    assert read("cut") == read("whole")
+    assert [line["step"] for line in read("cut")] == [0, 5, 7, 9, 14]
     losses = [
         World(seed=0)
         .evaluate(UniViGU.from_pretrained(folder).eval(), tmp_path, 2, 0.0, has_text=True)
         .results["loss"]
         for folder in (tmp_path / "whole" / "refine" / "ema", tmp_path / "whole" / "refine")
     ]
-    assert losses[0] == read("whole")[1]["loss"] != losses[1]
+    assert losses[0] == read("whole")[-1]["loss"] != losses[1]
 
 
 class FakeTracker:

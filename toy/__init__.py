@@ -42,6 +42,9 @@ class World:
     def state(self):
         return {"world": "toy", "sampling": self.sampling}
 
+    def options(self, mode, shape):
+        return dict(self.sampling[mode])
+
     def check(self, config):
         """Raises ValueError where a model's sizes do not fit the toy's."""
         wanted = {

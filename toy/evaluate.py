@@ -15,6 +15,7 @@ import toy.oracle as oracle
 import toy.reference as reference
 import toy.shapes as shapes
 import toy.words as words
+from engine.drift import losses_by_tenth, mean_by_tenth
 from engine.files import atomic, write_json
 from engine.video import to_pixels, write_gif
 from engine.world import Evaluation, in_turn
@@ -109,6 +110,12 @@ def held_out_losses(model, world, split, clips, has_text):
         for name in ("video", "text", "anchor") if target else ("video",):
             losses[name + suffix] = round(parts[name].mean().item(), 6)
     return losses
+
+
+def drift(model, world, clips):
+    """The video's loss by tenth of the clock, of split seen; see engine.drift."""
+    batch = on_model(model, world.dataset("seen").__getitems__(range(clips)))
+    return mean_by_tenth(losses_by_tenth(model, batch["z_v"], batch["c"], 0, world.seed))
 
 
 def on_model(model, batch):
@@ -368,7 +375,8 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
         for split, _ in SPLITS
         for job in (sample_split, held_out_losses)
     ]
-    done = share(jobs)
+    jobs.append(partial(drift, model, world, clips))
+    *done, by_tenth = share(jobs)
     if out is None:
         return Evaluation({})
 
@@ -385,6 +393,7 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
             shown["gallery"] = gallery(found, comparisons)
             if captions := comparisons.get("understanding.attribute_accuracy"):
                 shown["confusion"] = confusion(captions.answers, captions.wanted)
+    results["video_by_tenth"] = by_tenth
     shown["accuracy"] = figures(results)
     if has_text:
         shown["reference"] = reference.curves()

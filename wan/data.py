@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from engine.video import FPS
 from engine.world import checked_sampling, in_turn
 
 from .evaluate import evaluate
 from .published import latents_of
-from .shards import Shards, read_manifest
+from .shards import NEGATIVE, Shards, open_shard, read_manifest
 
 # The default of Wan2.1's own sampler: oversaturated, overexposed, static, blurred, subtitles, ...
 # deformed hands, walking backwards.
@@ -129,6 +130,24 @@ class World:
                     f"patch_size is {config.patch_size}, but the data {self.source} has latents of "
                     f"{tuple(grid)}, wanted divisors"
                 )
+
+    def options(self, mode, shape):
+        """See engine.world.World; above 480 x 832 Wan's own shift for larger videos."""
+        options = dict(self.sampling[mode])
+        large = shape[-2] * shape[-1] > 60 * 104
+        if mode == "generate" and large and self.sampling == type(self).sampling:
+            options["shift"] = 5.0
+        return options
+
+    @cached_property
+    def c_null(self):
+        """What guidance contrasts with in an evaluation, (1, L, width): the negative prompt, as
+        wan.prepare embedded it; zeros where older data lack it."""
+        c, file = torch.zeros(1, 0, self.state["prompt_dim"]), Path(self.source, NEGATIVE)
+        if file.is_file():
+            with open_shard(file) as stored:
+                c = stored.get_tensor("c")[None].float()
+        return F.pad(c, (0, 0, 0, self.state["prompt_len"] - c.shape[1]))
 
     def evaluate(self, model, out, clips, elapsed, has_text, share=in_turn):
         """See wan/evaluate.py."""

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from engine.drift import losses_by_tenth, mean_by_tenth
 from engine.files import write_text
 from engine.video import write_video
 from engine.world import Evaluation, in_turn
 from univigu import generate, joint, understand, uni_flow_loss
+
+from .published import latents_of
 
 CAPTIONED = 2  # clips that the model describes
 
@@ -35,6 +38,7 @@ def evaluate(world, model, out, clips, elapsed, has_text, share=in_turn):
     jobs = [partial(draw, world, model, data, mode, has_text) for mode in modes(has_text)]
     jobs += [partial(describe, world, model, data, i) for i in range(described)]
     jobs += [partial(measure, world, model, data, i, has_text) for i in range(clips)]
+    jobs += [partial(drift, world, model, data, i) for i in range(clips)]
     # its cache would keep all of the model's products in bf16
     with torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False):
         done = share(jobs)
@@ -43,7 +47,8 @@ def evaluate(world, model, out, clips, elapsed, has_text, share=in_turn):
 
     drawn = {mode: done.pop(0) for mode in modes(has_text)}
     captions = [done.pop(0) for _ in range(described)]
-    losses = {name: round(statistics.fmean(of[name] for of in done), 6) for name in done[0]}
+    measured, drifts = done[:clips], done[clips:]
+    losses = {name: round(statistics.fmean(of[name] for of in measured), 6) for name in measured[0]}
     videos = {mode: world.codec.decode(z_v) for mode, (z_v, _) in drawn.items()}
     for mode, frames in videos.items():
         write_video(Path(out, f"{mode}.mp4"), frames, world.fps)
@@ -51,6 +56,7 @@ def evaluate(world, model, out, clips, elapsed, has_text, share=in_turn):
     if has_text:
         results["joint"] = drawn["joint"][1]
     results["loss"] = {split: losses}
+    results["video_by_tenth"] = mean_by_tenth([pair for of_clip in drifts for pair in of_clip])
     results["train_s"] = round(elapsed, 1)
     results["wall_s"] = round(elapsed + time.time() - begin, 1)
     text = json.dumps(results, indent=1, ensure_ascii=False)
@@ -66,8 +72,9 @@ def modes(has_text):
     return ("generate", "joint") if has_text else ("generate",)
 
 
-def seeded(world):
-    return torch.Generator().manual_seed(world.seed)
+def seeded(world, i=0):
+    """The noise of sample number i, as sample.py --seed draws it."""
+    return torch.Generator().manual_seed(world.seed + i)
 
 
 def one_clip(data, index, model):
@@ -88,13 +95,20 @@ def measure(world, model, data, i, has_text):
     return losses
 
 
+def drift(world, model, data, i):
+    """A clip's losses of the video alone, see engine.drift."""
+    clip = one_clip(data, i, model)
+    return losses_by_tenth(model, clip["z_v"], clip["c"], i, world.seed)
+
+
 def describe(world, model, data, i):
     """What the model writes of a clip: "written", without a prompt, "with prompt", and "wanted",
     the clip's longest text.
     """
-    batch, options = one_clip(data, i, model), world.sampling["understand"]
+    batch, options = one_clip(data, i, model), world.options("understand", data[i]["z_v"].shape)
+    options["reuse_video"] &= latents_of(model.config) != "raw"  # published weights compute all
     y = [
-        understand(model, batch["z_v"], c, generator=seeded(world), **options)
+        understand(model, batch["z_v"], c, generator=seeded(world, i), **options)
         for c in (None, batch["c"])
     ]
     texts = world.tokenizer.decode(torch.cat([*y, batch[world.texts[-1]]]).cpu())
@@ -105,11 +119,15 @@ def draw(world, model, data, mode, has_text):
     """Draws the first clip's text in a mode: z_v (1, C, F, H, W) on the CPU, and the text that
     joint wrote, None for generate.
     """
-    clip, options = one_clip(data, 0, model), world.sampling[mode] | {"generator": seeded(world)}
+    clip = one_clip(data, 0, model)
     shape = clip["z_v"].shape[1:]
+    options = world.options(mode, shape) | {"generator": seeded(world)}
+    options["c_null"] = world.c_null.to(clip["c"])
     if mode == "generate":
         y = clip[world.texts[-1]] if has_text else None
-        return generate(model, y, clip["c"], shape, **options).cpu(), None
+        options["keep_text"] = latents_of(model.config) == "raw"  # the published weights' way
+        z_v = generate(model, y, clip["c"], shape, **options)
+        return z_v.cpu(), None
     z_v, y_hat = joint(model, clip["c"], shape, **options)
     return z_v.cpu(), world.tokenizer.decode(y_hat.cpu())[0]
 

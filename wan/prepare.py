@@ -30,6 +30,7 @@ from engine.files import append_line, atomic, check_writable, one_line, read_jso
 from engine.options import run_command
 from engine.video import FPS, read_clip, to_frames
 
+from .data import NEGATIVE_PROMPT
 from .flags import (
     SPAN,
     WAN,
@@ -41,7 +42,7 @@ from .flags import (
     named,
 )
 from .index import REJECTED, find_video, has_field, read_index, read_lines, write_lines
-from .shards import EOS, FIELDS, FORMAT, PAD, TEXTS, read_header
+from .shards import EOS, FIELDS, FORMAT, NEGATIVE, PAD, TEXTS, read_header
 
 if TYPE_CHECKING:
     from .codec import Codec, PromptEncoder, Tokenizer
@@ -233,6 +234,12 @@ def check_tokens(tokenizer, limits, *texts):
     return found
 
 
+def embed(prompt, prompts):
+    """A prompt's c (tokens, width) bfloat16, on the CPU, without what follows its end."""
+    c = prompts([prompt])[0]
+    return c[: max(1, int(c.any(-1).sum()))].bfloat16().cpu().contiguous()
+
+
 def encode(pixels, prompt, tokens, codec, prompts):
     """Pixels (T, H, W, 3) uint8, and a prompt of so many tokens with EOS, as they are stored.
 
@@ -240,7 +247,7 @@ def encode(pixels, prompt, tokens, codec, prompts):
     finite.
     """
     z_v = codec.encode(to_frames(pixels))[0].half()
-    c = prompts([prompt])[0, :tokens].bfloat16()
+    c = embed(prompt, prompts)[:tokens]
     for name, tensor in (("latent", z_v), ("prompt embedding", c)):
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -265,6 +272,10 @@ def prepare(flags):
     texts = TEXTS if captioned else TEXTS[:1]
     settings = settings_of(flags, index, ranks, encoders, texts)
     begin(out, settings)
+    if rank == 0 and not (out / NEGATIVE).exists():
+        with atomic(out / NEGATIVE) as negative:
+            c = embed(NEGATIVE_PROMPT, encoders.prompts)
+            save_file({"c": c}, negative)
     part = Part(out, rank, flags.shard_clips)
 
     mine = [line for line in index.lines() if line % ranks == rank]

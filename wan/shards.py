@@ -27,6 +27,7 @@ DTYPES = {
     "caption": torch.int32,
 }
 FIELDS = tuple(DTYPES)
+NEGATIVE = "negative.safetensors"  # the embedding of what guidance leads away from, by default
 AGAIN = "delete it and run wan.prepare again"
 
 # What manifest.json holds, none of it empty.
