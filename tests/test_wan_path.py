@@ -162,6 +162,79 @@ def test_three_modes_from_and_to_files(path, checkpoint, tmp_path, capsys):
     assert said == use(capsys, *describe)  # the same seed
 
 
+def test_an_evaluation_draws_what_sample_draws_with_the_same_seed(path, tmp_path, capsys):
+    """From the same noise, with the same prompt, null prompt and sampler."""
+    found = read_json(path / "run" / "results.json")
+    world = wan.World(path / "data", full_vocabulary=True)
+    assert (path / "data" / "negative.safetensors").is_file() and world.c_null.any()
+    clip = world.dataset(found["split"])[0]
+    prompt, caption = world.tokenizer.decode(torch.stack([clip["prompt"], clip["caption"]]))
+    here = ["--checkpoint", path / "run" / "refine", "--prompt", prompt, "--seed", found["seed"]]
+    use(capsys, "generate", *here, "--caption", caption, "--out", tmp_path / "generate.mp4")
+    said = use(capsys, "joint", *here, "--out", tmp_path / "joint.mp4")
+    assert said == found["joint"] + "\n"
+    for name in ("generate.mp4", "joint.mp4"):
+        assert (tmp_path / name).read_bytes() == (path / "run" / name).read_bytes()
+    (path / "data" / "negative.safetensors").rename(tmp_path / "negative")  # as older data
+    try:
+        assert not wan.World(path / "data", full_vocabulary=True).c_null.any()
+    finally:
+        (tmp_path / "negative").rename(path / "data" / "negative.safetensors")
+
+
+def test_the_text_alone_is_trained_and_its_checkpoint_is_taken_by_every_command(
+    path, tmp_path, capsys
+):
+    out, whole = tmp_path / "run", path / "run" / "refine" / "model.safetensors"
+    trained(path / "data", out, "--init", path / "wan", "--train", "text", *TRAIN)
+    weights = load_file(out / "refine" / "model.safetensors")
+    assert weights and all(UniViGU.is_text(name) for name in weights)
+    assert (out / "refine" / "model.safetensors").stat().st_size < whole.stat().st_size / 2
+    base = read_json(out / "refine" / "train.json")["base"]
+    assert base["checkpoint"] == str(path / "wan") and len(base["digest"]) == 16
+    state = torch.load(out / "refine" / "training_state.pt", weights_only=True)
+    assert all(UniViGU.is_text(name) for name in state["optimizers"]["state"])
+    before, after = wan.load(path / "wan"), wan.load(out / "refine")
+    kept = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        assert UniViGU.is_text(name) or torch.equal(p, kept[name]), name
+    assert all(torch.equal(x, after.get_parameter(name)) for name, x in weights.items())
+
+    here = ["--checkpoint", out / "refine", *SIZE]
+    use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", tmp_path / "drawn.mp4")
+    assert use(capsys, "understand", *here, "--video", path / "videos" / "0.mp4")
+    assert "parameters" in use(capsys, "joint", *here, "--prompt", PROMPTS[0], "--dry-run")
+    more = tmp_path / "more"  # goes on from it, with the same base
+    trained(path / "data", more, "--init", out / "refine", "--train", "text", *ONE_STEP)
+    assert read_json(more / "refine" / "train.json")["base"] == base
+    trained(path / "data", tmp_path / "all", "--init", out / "refine", *ONE_STEP)
+    assert "base" not in read_json(tmp_path / "all" / "refine" / "train.json")
+    wan.export(after, tmp_path / "exported", "official")
+
+    shutil.move(path / "wan" / "transformer", tmp_path / "transformer")
+    try:
+        said = refused(capsys, "joint", *here, "--prompt", PROMPTS[0])
+        assert "lacks its base" in said and str(path / "wan") in said
+    finally:
+        shutil.move(tmp_path / "transformer", path / "wan" / "transformer")
+    other = write_wan_folder(tmp_path / "other", seed=7)
+    change_json(out / "refine" / "train.json", base=base | {"checkpoint": str(other)})
+    said = refused(capsys, "joint", *here, "--prompt", PROMPTS[0])
+    assert "was trained on the weights" in said and base["digest"] in said
+
+
+@pytest.mark.parametrize(
+    "flags", [["--stages", "refine"], ["--init", "x", "--stages", "generator,recall"]]
+)
+def test_the_text_alone_needs_a_generator(flags, tmp_path, capsys):
+    said = refusal(capsys, train.main, "--train", "text", "--out", tmp_path / "run", *flags)
+    assert "train is 'text'" in said and "--init" in said
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(read_json(file) | values))
+
+
 def test_words_that_the_data_never_had_may_be_asked_for(path, tmp_path, capsys):
     here = ["--checkpoint", path / "run" / "refine", *SIZE, "--out", tmp_path / "drawn.mp4"]
     for mode in ("generate", "joint"):
