@@ -36,6 +36,7 @@ from engine import cost, trajectory
 from engine.checkpoint import needs_prompt
 from engine.distributed import preferred_attention
 from engine.files import check_writable, one_line, read_json, write_text
+from engine.graphs import captured_text_steps
 from engine.options import run_command
 from engine.rows import append_row, read_rows
 from engine.sampling import parse
@@ -339,7 +340,8 @@ def describe(flags, checkpoint, size, options, work):
         record = trajectory.Recorder(model) if flags.trajectory else None
         generator = torch.Generator().manual_seed(flags.seed + i)
         c = None if c is None else c.to(checkpoint.device)
-        y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
+        with captured_text_steps(model):
+            y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
         caption = world.tokenizer.decode(y_hat.cpu())[0]
         row = {"video": video.name, "caption": caption}
         row |= {} if flags.prompt is None else {"prompt": flags.prompt}

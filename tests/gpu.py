@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import train
 from engine import cost, distributed
 from engine.distributed import Machine, attention_kernel, preferred_attention
 from engine.files import append_line
+from engine.graphs import captured_text_steps
 from engine.options import Run
 from univigu import PRESETS, Config, UniViGU, generate, joint, understand, uni_flow_loss
 from wan.bench import Contestant, step_functions
@@ -201,15 +203,18 @@ def sampling(place):
 
 
 def understanding(place):
-    """Seconds of a text step, with the video's tokens in every step, or in the first alone."""
+    """Seconds of a text step: with the video's tokens, with their KV cache, and with that and a
+    CUDA graph."""
     model, z_v, _, _, estimate = sampler(place)
     figures = {}
     with preferred_attention(place.device):
-        for name, reuse, steps in (("every", False, (1, 3)), ("reused", True, (1, 21))):
-            times = [
-                place.clock(partial(understand, model, z_v, steps=k, reuse_video=reuse), 1)
-                for k in steps
-            ]
+        for name, steps in (("every", (1, 3)), ("reused", (2, 22)), ("captured", (2, 42))):
+            reuse = name != "every"
+            with captured_text_steps(model) if name == "captured" else nullcontext():
+                times = [
+                    place.clock(partial(understand, model, z_v, steps=k, reuse_video=reuse), 1)
+                    for k in steps
+                ]
             (few, _), (many, gb) = times
             figures[f"{name}_s"] = (many - few) / (steps[1] - steps[0])
             figures |= {f"{name}_gb": gb, f"{name}_estimated_gb": estimate(1, reuse)}

@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped without one. `bash tests/gpu.sh tests` runs it."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import train
 from engine import distributed
 from engine.distributed import Machine, autocast, parallelise, preferred_attention
+from engine.graphs import captured_text_steps
 from engine.optim import Guard
 from engine.options import Run
 from univigu import Config, UniViGU, generate, joint, understand, uni_flow_loss
@@ -155,6 +157,31 @@ def test_a_text_step_can_be_captured_and_replayed():
     z_t.copy_(model.embed(y))
     graph.replay()
     assert apart(v_t, wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_captions_from_captured_steps_are_the_plain_ones():
+    model = make(**HEAD64).eval().to(GPU)
+    found = []
+    for steps in nullcontext(), captured_text_steps(model):
+        with steps:
+            for seed in range(3):  # another KV cache each
+                torch.manual_seed(seed)
+                z_v, generator = torch.randn(2, 24, 3, 6, 6).to(GPU), torch.Generator()
+                states = []
+                understand(
+                    model,
+                    z_v,
+                    steps=6,
+                    guidance=2.0,
+                    reuse_video=True,
+                    generator=generator.manual_seed(seed),
+                    callback=lambda *state, into=states: into.append(state[4].clone()),
+                )
+                found.append(states)
+    for a, b in zip(found[:3], found[3:]):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert "text_alone" not in vars(model)
 
 
 def test_a_run_on_the_gpu_is_resumed_and_evaluated_there(tmp_path):
