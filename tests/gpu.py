@@ -209,13 +209,13 @@ def understanding(place):
     figures = {}
     with preferred_attention(place.device):
         for name, steps in (("every", (1, 3)), ("reused", (2, 22)), ("captured", (2, 42))):
-            reuse = name != "every"
-            with captured_text_steps(model) if name == "captured" else nullcontext():
-                times = [
-                    place.clock(partial(understand, model, z_v, steps=k, reuse_video=reuse), 1)
-                    for k in steps
-                ]
-            (few, _), (many, gb) = times
+            reuse, how = name != "every", captured_text_steps if name == "captured" else nullcontext
+
+            def caption(steps, reuse=reuse, how=how):
+                with how(model):
+                    understand(model, z_v, steps=steps, reuse_video=reuse)
+
+            (few, _), (many, gb) = (place.clock(partial(caption, k), 1) for k in steps)
             figures[f"{name}_s"] = (many - few) / (steps[1] - steps[0])
             figures |= {f"{name}_gb": gb, f"{name}_estimated_gb": estimate(1, reuse)}
     return figures
