@@ -185,7 +185,7 @@ def run(flags):
         count, _ = cost.parameters(build, config)
         cost.print_sampling(count, config, shape, flags.mode, options, has_text, device, len(work))
         if not checkpoint.world.fixed_size:
-            decode = 8.2 * size[1] * size[2] / (480 * 832)  # GB, as counted
+            decode = cost.VAE_GB * size[1] * size[2] / (480 * 832)
             print(
                 "beside that, one after the other and not while the model works: umT5 (real: 11 GB "
                 f"in bf16) and the VAE (real: about {decode:.1f} GB while it decodes"

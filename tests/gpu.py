@@ -233,7 +233,7 @@ def vae(place):
         z_v = torch.randn(1, 16, *((1, 4, 4) if place.tiny else place.shape[1:]))
     with torch.no_grad():
         seconds, gb = place.clock(lambda: model.decode(z_v).sample, 1)
-    return {"seconds": seconds, "gb": gb, "estimated_gb": 8.2}
+    return {"seconds": seconds, "gb": gb, "estimated_gb": cost.VAE_GB}
 
 
 def toy(place):

@@ -16,7 +16,7 @@ import pytest
 
 import sample
 import train
-from engine.cost import PEAK, forward_flops
+from engine.cost import forward_flops
 from toy.experiments import EXPERIMENTS, FULL, MARGIN, Budget, finding, judge
 from toy.measures import STEPS
 from univigu import PRESETS
@@ -312,21 +312,37 @@ def steps():
     return markdown(["seconds", *COLUMNS, "video : diffusers' video"], rows)
 
 
+# A part of tests/gpu.sh, and which of its steps -> what the README calls it.
+H100 = {
+    "eager-keep-attention": "training step, recompute keep-attention",
+    "compiled-keep-attention": "the same, compiled",
+    "eager-full": "training step, recompute full",
+    "text-keep-attention": "`--train text`, recompute keep-attention",
+    "text-full": "`--train text`, recompute full",
+    "sampling step": "denoising step",
+    "sampling guided_step": "the same with guidance",
+    "sampling guided_joint_step": "joint's step with guidance",
+    "understanding every": "text step of understand, with the video's tokens",
+    "understanding reused": "the same, with their KV cache",
+    "understanding captured": "the same, as a CUDA graph",
+    "vae": "the VAE decodes 81 frames, fp32",
+}
+
+
 def h100():
-    """Steps of the 1.3B model on one H100: seconds, share of its peak, memory."""
-    names = ("eager-keep-attention", "eager-full", "compile-keep-attention")
-    runs = [stored(f"wan/results/h100-{name}") for name in names]
-    head = [run["kind"].removeprefix("bf16 autocast, ") for run in runs]
+    """What tests/gpu.sh found on one H100: seconds, share of its peak, memory and the estimate."""
+    lines = (ROOT / "wan/results/h100.jsonl").read_text().splitlines()
+    runs = {run["part"]: run for run in map(json.loads, lines)}
     rows = []
-    for kind in KINDS:
-        for name in COLUMNS[:2]:
-            cells = []
-            for run in runs:
-                of = run["steps"][f"{name}, {kind}"]
-                mfu = of["flops"] / of["seconds"] / PEAK["H100"]
-                cells.append(f"{of['seconds']:.2f} s, {mfu:.0%}, {of['gb']:.1f} GB")
-            rows.append([f"{name}, {kind}", *cells])
-    return markdown(["", *head], rows)
+    for part, what in H100.items():
+        part, _, step = part.partition(" ")
+        of, step = runs[part], step and f"{step}_"
+        seconds = of[f"{step}s" if step else "seconds"]
+        mfu = f"{of['mfu']:.0%}" if "mfu" in of else ""
+        told = "8.2, now 9.9" if part == "vae" else f"{of[f'{step}estimated_gb']:.1f}"
+        gb = f"{of[f'{step}gb']:.1f}", told
+        rows.append([what, f"{seconds:.3g}", mfu, *gb])
+    return markdown(["", "seconds", "MFU", "GB", "GB told"], rows)
 
 
 def caption_flops(config, n_v, n_t, steps=50):
