@@ -39,6 +39,7 @@ from engine.options import Run, add_flags, fail, pick, run_command, run_parser
 from engine.world import by_stage
 from univigu import PRESETS, Config, option, uni_flow_loss, validate
 from wan.published import PublishedConfig, build, config_from
+from wan.start import freeze, load_own, load_start
 
 # Which of a clip's texts is the target.
 STAGES = {
@@ -463,41 +464,6 @@ def make_worlds(train, make_world):
 
     stages = {stage: (train.data_of(stage), STAGES.get(stage)) for stage in train.names()}
     return by_stage(stages, make)
-
-
-def load_own(folder, config, make_model):
-    """The Start in a folder that train.py wrote. Raises ValueError, OSError."""
-    done, sizes = checkpoint.read_done(folder, config), asdict(config)
-    if not Path(folder, checkpoint.SHARDS).is_dir():
-        model, read, _ = wan.open_model(folder, make_model=make_model, **sizes)
-        return Start(model, read, done)
-    if "base" in done:
-        model, read, _ = wan.open_base(done["base"], folder, make_model=make_model, **sizes)
-    else:
-        with torch.device("meta"):
-            model = make_model(config)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-
-        def read(name, device, dtype):
-            return torch.zeros(shapes[name], device=device, dtype=dtype)
-
-    return Start(model, read, done, shards=Path(folder))
-
-
-def load_start(folder, config, make_model):
-    """The Start that --init names. Raises ValueError, OSError."""
-    if not wan.is_wan(folder):
-        return load_own(folder, config, make_model)
-    model, read, new = wan.open_model(folder, make_model=make_model, **asdict(config))
-    return Start(model, read, {} if new else {"stage": "recall"})
-
-
-def freeze(model, bf16):
-    """Leaves the text stream alone to be trained, and keeps the rest in bf16 if asked to."""
-    for name, p in model.named_parameters():
-        if not model.is_text(name):
-            p.requires_grad_(False)
-            p.data = p.data.to(wan.kept_in(name, torch.bfloat16 if bf16 else p.dtype))
 
 
 def parse(argv=None, make_world=make_world):

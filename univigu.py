@@ -49,7 +49,6 @@ from torch import nn
 
 
 # -------------------------------------------------------- every size and choice
-RULES = "choices", "low", "high"
 KINDS: dict = {int: (int, "an integer"), float: ((int, float), "a number"),
                str: (str, "a string"), bool: (bool, "true or false")}
 
@@ -62,7 +61,7 @@ def option(default, help, *, choices=None, low=None, high=None) -> Any:
 def validate(options):
     """Raises ValueError if a field of a dataclass breaks its type or the limits of its `option`."""
     for f in fields(options):
-        value, (choices, low, high) = getattr(options, f.name), map(f.metadata.get, RULES)
+        value, (_, choices, low, high) = getattr(options, f.name), f.metadata.values()
         if f.type not in KINDS:
             continue  # a tuple: its class checks it
         kinds, wanted = KINDS[f.type]
@@ -106,12 +105,10 @@ class Config:
                               "the data point 'x1'", choices=("velocity", "x1"))
     embedding: str = option("unit", "E's rows have 'unit' RMS, or are 'literal', free as in eq. 7",
                             choices=("unit", "literal"))
-    text_shift: float = option(
-        1.0, "warp s of the text's clock, r / (r + s (1 - r)); 1 = paper's", low=1e-3, high=1000)
+    text_shift: float = option(1.0, "warp of the text's clock; 1: none", low=1e-3, high=1000)
     joint_shift: float = option(
         1.0, "text_shift where both clocks run; 1: eq. 18, below 1 text leads", low=1e-3, high=1000)
-    gate_init: float = option(
-        0.0, "added to the initial gates: 0 = Wan's, 1 learns faster from scratch", low=0, high=100)
+    gate_init: float = option(0.0, "added to the gates at first; 1 learns faster", low=0, high=100)
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)  # JSON has lists only
@@ -127,9 +124,7 @@ class Config:
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}, wanted an even number")
 
-    @property
-    def head_dim(self):
-        return self.dim // self.num_heads
+    head_dim = property(lambda self: self.dim // self.num_heads)
 
 
 _WAN: dict = dict(in_dim=16, out_dim=16, patch_size=(1, 2, 2), prompt_dim=4096, prompt_len=512,
@@ -176,8 +171,7 @@ def warp(r, shift):
 class CastLinear(nn.Linear):
     """nn.Linear in its weight's dtype, or autocast's: the residual stream may be fp32."""
 
-    def cast(self, x):
-        """x in the dtype of the product."""
+    def cast(self, x):  # to the dtype of the product
         auto = torch.is_autocast_enabled(x.device.type)
         return x.to(torch.get_autocast_dtype(x.device.type) if auto else self.weight.dtype)
 
@@ -262,22 +256,20 @@ def rotate(x, cos, sin, pairs):
 
 def join(parts, dim):
     """Tensors one after the other; a single one is not copied."""
-    parts = list(parts)
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    return torch.cat([*parts], dim) if len(parts) > 1 else next(iter(parts))
 
 
 def rotate_streams(x, rope):
     """Rotates x (B, heads, n, head_dim), each stream by its own (cos, sin, pairs)."""
     parts = x.split([len(cos) for cos, _, _ in rope], dim=2)
-    return join((rotate(part, *r) for part, r in zip(parts, rope)), dim=2)
+    return join([rotate(part, *r) for part, r in zip(parts, rope)], dim=2)
 
 
 # -------------------------------------------------------- attention and the block
 # What a clock does to a block's two branches, attention and FFN; (B, 1, dim) each.
 Modulation = namedtuple("Modulation", "shift scale gate shift_ffn scale_ffn gate_ffn")
 
-# A block's KV cache: keys and values, (B, heads, n, head_dim) each, of both streams and of the
-# prompt. The text's rows, the last ones, are written anew in each step.
+# A block's KV cache: keys and values, (B, heads, n, head_dim) each, of all tokens, of the prompt.
 Memory = namedtuple("Memory", "streams prompt")
 
 # What a modality brings to the blocks: hidden tokens (B, n, dim), embedding (B, dim) and modulation
@@ -298,8 +290,8 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x, context, rope=None, memory=None):
-        """x (B, n, dim) attends to context (B, k, dim), or, where that is None, to `memory`, keys
-        and values (B, heads, n, head_dim). With both, context's replace the last of memory's.
+        """x (B, n, dim) attends to context (B, k, dim), to `memory`, keys and values, where that is
+        None, or, with both, to memory whose last rows context's keys and values replace.
 
         rope: (cos, sin, pairs) of each stream of x, where x attends to itself. Returns (B, n, dim),
         and the keys and values of context, (B, heads, k, head_dim) each.
@@ -313,7 +305,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate_streams(q, rope), rotate_streams(k, rope)
         for kept, new in zip(memory or (), (k, v)):
-            kept[:, :, -new.shape[2]:] = new  # in place: no copy of the video's
+            kept[:, :, -new.shape[2]:] = new  # in place: the video's are not copied
         return self.attend(q, *memory or (k, v)), (k, v)
 
     def heads(self, x):
@@ -350,7 +342,7 @@ class Block(nn.Module):
         sizes = [h_m.shape[1] for h_m in h.values()]
         streams_kv, prompt_kv = memory or (None, None)          # a cache, or computed here
 
-        x = join((self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h), dim=1)
+        x = join([self.norm1(h[m]) * (1 + mod[m].scale) + mod[m].shift for m in h], dim=1)
         a, kv = self.self_attn(x, x, rope.values(), memory=streams_kv)             # eq. 14
         h = {m: h[m] + mod[m].gate * a_m for m, a_m in zip(h, a.split(sizes, dim=1))}
         a, kv_c = self.cross_attn(self.norm3(join(h.values(), dim=1)), c, memory=prompt_kv)  # eq. 4
@@ -395,8 +387,7 @@ class EmbeddingFlow:
         if anchor:
             z_t1_hat = z_t + per_sample(1 - tau_t, z_t) * v_t
             logits = z_t1_hat @ model.embedding_matrix().T / z_t.shape[-1] ** 0.5  # (B, N, V)
-            ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-            ce = ce.view(y.shape).mean(1)
+            ce = -logits.log_softmax(-1).gather(-1, y[..., None]).mean((1, 2))
         x1 = model.config.text_output == "x1"  # near data its velocity's error has no bound
         weight = ((1 - tau_t) / (1 - tau_t).clamp(min=0.25)).square() if x1 else 1
         return weight * (v_t - u_t).square().flatten(1).sum(1), ce
@@ -502,9 +493,7 @@ class UniViGU(nn.Module, PyTorchModelHubMixin, library_name="univigu", license="
             h, kept = block(h, modulation, c, rope, None, remember)  # shared attention, FFN_m
             memory.append(kept)
         v_v = -self.unpatchify(self.head(h["v"], e["v"]), z_v.shape[2:])  # data - noise
-        v_t = None
-        if z_t is not None:
-            v_t = self.text_velocity(self.head_t(h["t"], e["t"]), z_t, tau_t)
+        v_t = None if z_t is None else self.text_velocity(self.head_t(h["t"], e["t"]), z_t, tau_t)
         return (v_v, v_t, memory) if remember else (v_v, v_t)             # eq. 10
 
     def check(self, z_v, z_t, tau_v, tau_t, c):

@@ -118,8 +118,8 @@ FFN_T = {
 }
 LONG = "--recall-steps 100 --refine-steps 1500"
 TRAINED = {
-    (what, length): from_generator(f"{what}{length}", f"--train {what} {flags}")
-    for length, flags in (("", ""), (", 1,600 steps", LONG))
+    (what, length): from_generator(f"{length}{what} trained", f"--train {what} {flags}")
+    for length, flags in (("", ""), ("whole, ", LONG))
     for what in ("all", "text")
 }
 ALIKE = "--joint-shift 4"  # as text_shift: one clock, but for the warp
@@ -552,12 +552,12 @@ EXPERIMENTS = (
         measures=(reading, drawing, agreement),
         checks=tuple(
             Check(
-                f"the text alone {does} as well{length}",
+                f"after {steps} steps the text alone {does} as well",
                 f"{TRAINED['text', length].name}: {measure}",
                 f"{TRAINED['all', length].name}: {measure}",
                 -MARGIN,
             )
-            for length in ("", ", 1,600 steps")
+            for length, steps in (("", "400"), ("whole, ", "1,600"))
             for does, measure in (("reads", "read"), ("draws", "drawn"), ("agrees", "agreement"))
         ),
         panels=(bars("read", "drawn", "agreement"),),
