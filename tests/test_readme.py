@@ -403,7 +403,7 @@ FORWARD = {
     "h = {m: h[m] + mod[m].gate_ffn": "Each modality goes through its own expert, `experts[m]`.",
     "v_v = -self.unpatchify(": "Turns video tokens back into a latent's velocity, data minus "
     "noise; Wan's head gives noise minus data.",
-    "v_t = self.text_velocity(": "Turns text tokens into the velocity of the text.",
+    "v_t = None if z_t is None": "Turns text tokens into the velocity of the text.",
 }
 
 
