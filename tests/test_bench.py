@@ -83,3 +83,25 @@ def test_trainings_are_timed_beside_a_busy_process(monkeypatch):
     monkeypatch.setattr(bench, "STEPS", "--generator-steps 40 --batch 8 --log-every 10")
     (rate,) = bench.rates(busy=1)
     assert rate > 0
+
+
+def test_a_training_step_is_the_one_that_train_takes():
+    """Without autocast's cache, the gradient clipped, and a step that is not finite left out."""
+    p, cached = torch.nn.Parameter(torch.ones(3)), []
+    machine = bench.Machine(torch.device("cpu"), True, False, 0, 1)
+
+    def forward():
+        cached.append(torch.is_autocast_cache_enabled())
+        return (p * scale).sum()
+
+    training, denoising = bench.step_functions(bench.Contestant(forward, [p], 0), machine)
+    scale = float("nan")
+    training()
+    assert torch.equal(p, torch.ones(3))
+    scale = 1e6
+    norms = []
+    p.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad))
+    training()
+    denoising()
+    assert not torch.equal(p, torch.ones(3)) and cached == [False] * 3
+    assert norms[0].norm() <= 1.0001  # clipped in place after it was noted

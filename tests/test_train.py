@@ -1084,6 +1084,33 @@ def test_validation_is_of_the_averaged_weights_and_goes_on_after_a_kill(tmp_path
     assert losses[0] == read("whole")[-1]["loss"] != losses[1]
 
 
+@pytest.mark.parametrize("rank, built", [(0, True), (3, False)])
+def test_an_evaluation_decodes_on_the_trainings_device_in_process_0_alone(
+    rank, built, tmp_path, monkeypatch
+):
+    """A codec on the CPU would take hours, and each process's would take memory."""
+    worlds, device = [], torch.device("meta")
+
+    class Noted(World):
+        def __getattribute__(self, name):
+            if name == "codec" and "device" in vars(self):
+                self.used = self.device
+            return super().__getattribute__(name)
+
+    def make_world(data, seed, vocabulary="full"):
+        worlds.append(Noted(seed=seed))
+        return worlds[-1]
+
+    machine = train.distributed.Machine(device, False, False, rank, 1)
+    monkeypatch.setattr(train.distributed, "join_processes", lambda *args: machine)
+    monkeypatch.setattr(train.cost, "choose_recompute", lambda *args: "none")
+    parsed = train.parse([*MODEL, "--out", str(tmp_path), "--val-every", "5"], make_world)
+    made = train.make_worlds(parsed[0], make_world)
+    train.prepare(*parsed, made, train.build, train.load_start)
+    assert worlds[-1].device == device
+    assert vars(worlds[-1]).get("used") == (device if built else None)
+
+
 class FakeTracker:
     """Stands for tensorboard's SummaryWriter and for wandb."""
 
