@@ -137,6 +137,7 @@ CLAIMS = {
     "clocks": "Independent clocks beat one clock for both in all three modes",
     "whole": "In full-length runs, recall and independent clocks cost no mode anything",
     "joint_shift": "One clock for both is as good a line for joint sampling as another",
+    "train_text": "(ours) The text stream alone, all else frozen, learns as well as all together",
     "padding": "(ours) Padding may be attended to, and be in the loss",
     "lambda_t": r"The weight \|z_v\| / \|z_t\| balances the text's loss against the video's",
     "embedding": "Token embeddings need alignment with the video to stay alive",
