@@ -418,8 +418,6 @@ class Trainer:
     def evaluate(self, stage, clips, out):
         """The world's evaluation, into `out`. Returns its results; a report shows the rest."""
         here, has_text = not self.machine.rank, STAGES[stage] is not None
-        if here:
-            out.mkdir(parents=True, exist_ok=True)
 
         def measured(model, share):
             where = out if here else None

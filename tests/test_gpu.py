@@ -126,6 +126,25 @@ def test_a_text_step_writes_into_the_cache_that_is_there():
     assert all(torch.equal(a, b) for a, b in zip(video, after))
 
 
+@torch.no_grad()
+def test_the_blocks_of_text_steps_compile_once():
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, graphs = UniViGU(Config(num_layers=3)).eval(), []
+    for block in model.blocks:
+        block.compile(dynamic=False, backend="eager")
+
+    def note(k, *_):
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    z_v = torch.randn(2, 24, 3, 4, 4)
+    for _ in range(2):  # with another cache, too
+        understand(model, z_v, steps=4, reuse_video=True, callback=note)
+    _, first, second, *others = graphs
+    assert first == 1 and second == 2 and set(others[:3]) <= {0, 2} and others[-1] == 2
+
+
 @pytest.mark.slow
 def test_every_part_of_the_gpus_script_runs_on_a_cpu(tmp_path):
     command = ["bash", str(ROOT / "tests" / "gpu.sh"), "--tiny", "--out", str(tmp_path / "gpu")]

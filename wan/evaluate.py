@@ -106,7 +106,8 @@ def describe(world, model, data, i):
     the clip's longest text.
     """
     batch, options = one_clip(data, i, model), world.options("understand", data[i]["z_v"].shape)
-    options["reuse_video"] &= latents_of(model.config) != "raw"  # published weights compute all
+    if latents_of(model.config) == "raw":
+        options["reuse_video"] = False  # published weights compute all
     y = [
         understand(model, batch["z_v"], c, generator=seeded(world, i), **options)
         for c in (None, batch["c"])

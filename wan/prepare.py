@@ -126,8 +126,9 @@ def begin(out, settings):
     write_shared(path, write_json, settings)
 
 
-def merge(out, settings, rows, wan):
-    """Writes rejected.jsonl and manifest.json from what all ranks wrote, and prints their counts.
+def merge(out, settings, rows, wan, prompts):
+    """Writes rejected.jsonl, manifest.json and the negative prompt's embedding, from what all ranks
+    wrote and by the prompt encoder, and prints their counts.
 
     Does nothing while some of the `rows` rows are missing. Raises ValueError where no clip was
     accepted.
@@ -147,6 +148,7 @@ def merge(out, settings, rows, wan):
             f"see {out / 'rejected.jsonl'}"
         )
     manifest = {"texts": TEXTS} | settings | counted(headers, clips, rejected, wan)
+    write_shared(out / NEGATIVE, save_negative, prompts)
     write_shared(out / "manifest.json", write_json, manifest)
     of_sizes = (f"{bucket['clips']} of {size}" for size, bucket in manifest["buckets"].items())
     print(
@@ -157,6 +159,12 @@ def merge(out, settings, rows, wan):
     print(f"{len(rejected)} rows rejected, see {out / 'rejected.jsonl'}")
     if "caption" not in manifest["texts"]:
         print("no row has a caption: these clips serve stage recall alone (--recall-data)")
+
+
+def save_negative(path, prompts):
+    with atomic(path) as part:
+        save_file({"c": embed(NEGATIVE_PROMPT, prompts)}, part)
+        shutil.copymode(path.with_name("settings.json"), part)
 
 
 def line_of(row):
@@ -272,10 +280,6 @@ def prepare(flags):
     texts = TEXTS if captioned else TEXTS[:1]
     settings = settings_of(flags, index, ranks, encoders, texts)
     begin(out, settings)
-    if rank == 0 and not (out / NEGATIVE).exists():
-        with atomic(out / NEGATIVE) as negative:
-            c = embed(NEGATIVE_PROMPT, encoders.prompts)
-            save_file({"c": c}, negative)
     part = Part(out, rank, flags.shard_clips)
 
     mine = [line for line in index.lines() if line % ranks == rank]
@@ -299,7 +303,8 @@ def prepare(flags):
             part.add(described, tensors)
     part.flush()
     wan = Path(flags.wan)
-    merge(out, settings, len(index.lines()), str(wan.absolute()) if wan.exists() else flags.wan)
+    name = str(wan.absolute()) if wan.exists() else flags.wan
+    merge(out, settings, len(index.lines()), name, encoders.prompts)
 
 
 def least_frames(flags):
