@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 import wan
 from engine import cost, trajectory
-from engine.checkpoint import needs_prompt
+from engine.checkpoint import SHARDS, needs_prompt
 from engine.distributed import preferred_attention
 from engine.files import check_writable, one_line, read_json, write_text
 from engine.graphs import captured_text_steps
@@ -107,6 +107,11 @@ def open_trained(name, folder, parts, device, weights):
     """The Checkpoint in a folder that train.py wrote."""
     files = ["model.safetensors", "config.json", "train.json", "world.json"]
     for file in files if weights else files[1:]:
+        if file == files[0] and (folder / SHARDS).is_dir() and not (folder / file).is_file():
+            raise ValueError(
+                f"checkpoint {folder} has shards alone: `python -m engine.checkpoint {folder}` "
+                f"makes its {file}"
+            )
         if not (folder / file).is_file():
             raise ValueError(
                 f"checkpoint {folder} has no {file}, "

@@ -226,17 +226,26 @@ def held_tensors(model, optimizers=(), average=None):
     return held
 
 
-def load_shards(folder, tensors):
-    """The values of a checkpoint's shards into tensors of the same names, cut in any way.
+def load_shards(folder, tensors=None):
+    """The values of a checkpoint's shards into tensors of the same names, cut in any way; None: new
+    ones, all of the model's. Returns them.
 
     Raises OSError where they are damaged.
     """
     alone = not dist.is_initialized()
     try:
+        reader = HuggingFaceStorageReader(str(folder / SHARDS))
+        if tensors is None:
+            sizes = reader.read_metadata().state_dict_metadata
+            tensors = {
+                name: torch.empty(of.size, dtype=of.properties.dtype)
+                for name, of in sizes.items()
+                if name.startswith("model.")
+            }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            reader = HuggingFaceStorageReader(str(folder / SHARDS))
             dcp.load(tensors, storage_reader=reader, no_dist=alone)
+        return tensors
     except (Exception, dcp.api.CheckpointException) as error:
         raise OSError(
             f"checkpoint {folder}: its shards cannot be read ({one_line(error)[:300]}): remove "
@@ -251,14 +260,7 @@ def join_shards(folder):
     """
     if not (folder / SHARDS).is_dir():
         raise ValueError(f"{folder} has no {SHARDS}/, wanted a checkpoint within a stage, of FSDP")
-    found = HuggingFaceStorageReader(str(folder / SHARDS)).read_metadata().state_dict_metadata
-    whole = {
-        name: torch.empty(of.size, dtype=of.properties.dtype)
-        for name, of in found.items()
-        if name.startswith("model.")
-    }
-    load_shards(folder, whole)
-    weights = {name.removeprefix("model."): x for name, x in whole.items()}
+    weights = {name.removeprefix("model."): x for name, x in load_shards(folder).items()}
     with atomic(folder / "model.safetensors") as part:
         save_file(weights, part, {"format": "pt"})
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refusal
 from test_train import MODEL
 
+import sample
 import train
 from engine import checkpoint, distributed
 from engine.checkpoint import checkpoints
@@ -284,7 +286,7 @@ def test_a_run_goes_on_with_other_processes(first, then, one, tmp_path):
     assert_same_losses(lines(out), lines(one))
 
 
-def test_shards_are_resumed_by_four_processes_and_then_by_one(one, tmp_path):
+def test_shards_are_resumed_by_four_processes_and_then_by_one(one, tmp_path, capsys):
     out = tmp_path / "run"
     for ranks, step in ((2, 5), (4, 12)):
         resume = ["--resume"] if ranks == 4 else []
@@ -296,6 +298,9 @@ def test_shards_are_resumed_by_four_processes_and_then_by_one(one, tmp_path):
         files = sorted(file.name for file in (last / "shards").iterdir())
         assert len(files) == ranks and all(name.endswith(".safetensors") for name in files)
         assert not (last / "model.safetensors").exists()
+    for use in (["joint", "--prompt", ""], ["understand", "--video", "clip.gif"]):
+        said = refusal(capsys, sample.main, *use, "--checkpoint", last)
+        assert f"python -m engine.checkpoint {last}" in said
     checkpoint.main([str(last)])
     model = UniViGU.from_pretrained(last)  # the same weights, made into one file
     stored = UniViGU.from_pretrained(one / "refine")
@@ -322,6 +327,9 @@ def test_a_damaged_shard_is_told(one, tmp_path, capsys):
     resumed = start(out, "--resume")
     said = resumed.communicate(timeout=100)[0]
     assert resumed.returncode and "its shards cannot be read" in said
+    for folder, words in ((last, "its shards cannot be read"), (one / "refine", "no shards/")):
+        assert words in refusal(capsys, checkpoint.main, folder)
+        assert (folder == last) != (folder / "model.safetensors").exists()
     assert said.strip().splitlines()[-1].startswith("train.py: error: ")
 
 
