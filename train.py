@@ -406,7 +406,7 @@ class Trainer:
     def validate(self, stage):
         """An evaluation of few clips, into OUT/val, validation.jsonl and the report."""
         run = self.run
-        out = Path(run.out, "val", f"step-{self.step:06d}")
+        out = Path(run.out, checkpoint.VALIDATIONS, f"step-{self.step:06d}")
         results = self.evaluate(stage, run.val_clips, out)
         if self.machine.rank == 0:
             line = {"step": self.step, "stage": stage, **results}

@@ -41,6 +41,7 @@ from univigu import Config
 LAUNCH = ".launch"  # file in a run's folder: the call of torchrun that began it, see launch()
 LOGS = "metrics.jsonl", "validation.jsonl"
 RESULTS = "results.json", "report.html"
+VALIDATIONS = "val"
 
 # What train.json holds.
 STATE: dict = dict(step=int, stage=str, elapsed=(int, float), skipped=list, train=dict)
@@ -437,6 +438,7 @@ def start_anew(out):
     out = Path(out)
     for _, folder in checkpoints(out):
         shutil.rmtree(folder)
+    remove(out / VALIDATIONS)
     out.mkdir(parents=True, exist_ok=True)
     for name in (*LOGS, *RESULTS):
         (out / name).unlink(missing_ok=True)

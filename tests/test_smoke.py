@@ -68,3 +68,7 @@ def test_the_loss_of_a_text_is_least_where_the_velocity_is_right():
 def test_it_wants_tiny_clips_or_ones_own(flags, words, tmp_path, capsys):
     assert words in refusal(capsys, smoke.main, *flags, "--out", tmp_path / "new")
     assert "exists" in refusal(capsys, smoke.main, "--tiny", "--out", tmp_path)
+    for wrong in (["--bogus", "3"], ["--refine-lr", "x"], ["--steps", "2"]):
+        said = refusal(capsys, smoke.main, "--tiny", "--out", tmp_path / "new", *wrong)
+        assert wrong[0][2:].replace("-", "_") in said.replace("-", "_")
+    assert not (tmp_path / "new").exists()

@@ -1043,6 +1043,9 @@ def test_validation_always_has_the_same_clips_and_changes_nothing(whole, tmp_pat
     found = World(seed=0).evaluate(model.eval(), tmp_path, 3, 0.0, has_text=False)
     for name in ("loss", "video_by_tenth"):
         assert found.results[name] == lines[1][name]
+    run(tmp_path, *optimizer_flags("muon"), "--overwrite")
+    assert not (tmp_path / "val").exists()
+    assert "Validation at" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("trained", ["all", "text"])

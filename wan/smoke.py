@@ -180,6 +180,8 @@ def main(argv=None):
         check_folder(out)
     except ValueError as error:
         fail("wan.smoke", error)
+    stages = ["--stages", "recall,refine", "--init", "none", "--out", flags.out]
+    train.parse([*stages, *rest])  # ends here where a flag is wrong, before anything is made
     here = make_tiny(out) if flags.tiny else ["--data", flags.data, "--init", flags.init]
     run = out / "run"
     steps = f"--recall-steps {flags.steps // 4} --refine-steps {flags.steps - flags.steps // 4}"

@@ -407,6 +407,11 @@ def check_base(stored, folder, weights):
         raise ValueError(
             f"{folder / 'train.json'} has a base that train.py did not write"
         ) from None
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise FileNotFoundError(
+            f"{folder} lacks its base: {name} is gone, wanted it back, or its new place in "
+            f"{folder / 'train.json'}"
+        )
     try:
         base = open_checkpoint(name, weights)
     except FileNotFoundError as error:
