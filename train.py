@@ -267,9 +267,9 @@ class Trainer:
         self.options = asdict(train) | asdict(run)
         find_unused = "generator" in train.names()
         self.objective = distributed.parallelise(model, loss, run, machine, find_unused, start.read)
+        start.read = None  # it holds what it drew
         if start.shards:
-            weights = checkpoint.held_tensors(model)
-            checkpoint.load_shards(start.shards, weights)
+            checkpoint.load_shards(start.shards, checkpoint.held_tensors(model))
         self.text_started = done.get("stage") in ("recall", "refine")
         if STAGES[train.names()[0]] and not self.text_started:
             self.start_text()
@@ -350,7 +350,7 @@ class Trainer:
             anchor=train.anchor,
         )
         lines = pages.read_lines(Path(run.out, "validation.jsonl"))
-        validated = self.step in (line["step"] for line in lines)
+        validated = (self.step, stage) in ((line["step"], line.get("stage")) for line in lines)
         if run.val_every and self.step == first and not all_reduce_max(machine, validated):
             self.validate(stage)  # what training is to be compared with
         model.train()
@@ -406,7 +406,7 @@ class Trainer:
     def validate(self, stage):
         """An evaluation of few clips, into OUT/val, validation.jsonl and the report."""
         run = self.run
-        out = Path(run.out, checkpoint.VALIDATIONS, f"step-{self.step:06d}")
+        out = Path(run.out, checkpoint.VALIDATIONS, f"step-{self.step:06d}-{stage}")
         results = self.evaluate(stage, run.val_clips, out)
         if self.machine.rank == 0:
             line = {"step": self.step, "stage": stage, **results}

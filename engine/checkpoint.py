@@ -138,7 +138,7 @@ class Saver:
         training["optimizers"] = get_optimizer_state_dict(model, optimizers, options=WHOLE)
         if self.machine.rank > 0:
             meter.empty()  # process 0 has the sums now
-        elif self.run.async_save:
+        elif self.run.async_save or is_sharded(model):  # large: the others would wait too long
             if self.machine.device.type == "cpu":  # else they are copies already
                 tensors, training = copy.deepcopy((tensors, training))
             self.pending = self.thread.submit(self.write, name, texts, tensors, training)
@@ -229,7 +229,7 @@ def held_tensors(model, optimizers=(), average=None):
 
 def load_shards(folder, tensors=None):
     """The values of a checkpoint's shards into tensors of the same names, cut in any way; None: new
-    ones, all of the model's. Returns them.
+    ones, all of the model's and of its average. Returns them.
 
     Raises OSError where they are damaged.
     """
@@ -241,7 +241,7 @@ def load_shards(folder, tensors=None):
             tensors = {
                 name: torch.empty(of.size, dtype=of.properties.dtype)
                 for name, of in sizes.items()
-                if name.startswith("model.")
+                if name.startswith(("model.", "ema."))
             }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -255,15 +255,24 @@ def load_shards(folder, tensors=None):
 
 
 def join_shards(folder):
-    """Writes the model.safetensors of a checkpoint that has shards.
+    """Writes the model.safetensors of a checkpoint that has shards, and ema/ where there is one.
 
     Raises ValueError where it has none, OSError where they are damaged or it cannot be written.
     """
     if not (folder / SHARDS).is_dir():
         raise ValueError(f"{folder} has no {SHARDS}/, wanted a checkpoint within a stage, of FSDP")
-    weights = {name.removeprefix("model."): x for name, x in load_shards(folder).items()}
+    parts: dict = {"model": {}, "ema": {}}
+    for name, x in load_shards(folder).items():
+        kind, _, name = name.partition(".")
+        parts[kind][name] = x
+    if parts["ema"]:
+        with atomic(folder / "ema") as part:
+            part.mkdir()
+            for file in ("config.json", "world.json", "train.json"):
+                shutil.copy(folder / file, part)
+            save_file(parts["ema"], part / "model.safetensors", {"format": "pt"})
     with atomic(folder / "model.safetensors") as part:
-        save_file(weights, part, {"format": "pt"})
+        save_file(parts["model"], part, {"format": "pt"})
 
 
 # ---------------------------------------------------------------- finding and reading

@@ -301,6 +301,8 @@ def main(argv=None):
     if flags.one:
         append_line(flags.out, measure(flags.one, Place(flags.tiny)))
         return 0
+    if flags.out:
+        Path(flags.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in flags.parts or PARTS:
         line = run_part(name, flags.tiny)

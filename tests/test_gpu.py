@@ -170,10 +170,9 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(monkeypatch, capsys, tmp
         return Ended
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert gpu.main(["--tiny", "attention", "toy", "--out", str(tmp_path / "f")]) == (
-        "failed: attention, toy"
-    )
-    first, second = (json.loads(line) for line in (tmp_path / "f").read_text().splitlines())
+    out = tmp_path / "new" / "f"
+    assert gpu.main(["--tiny", "attention", "toy", "--out", str(out)]) == "failed: attention, toy"
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
     assert first == {"part": "attention", "failed": "RuntimeError: no kernel"}
     assert second["failed"].startswith("took more than")
 

@@ -302,9 +302,11 @@ def test_shards_are_resumed_by_four_processes_and_then_by_one(one, tmp_path, cap
         said = refusal(capsys, sample.main, *use, "--checkpoint", last)
         assert f"python -m engine.checkpoint {last}" in said
     checkpoint.main([str(last)])
-    model = UniViGU.from_pretrained(last)  # the same weights, made into one file
-    stored = UniViGU.from_pretrained(one / "refine")
-    assert all(a.shape == b.shape for a, b in zip(model.parameters(), stored.parameters()))
+    for of in ("", "ema"):  # the same weights, made into one file
+        model = UniViGU.from_pretrained(last / of)
+        stored = UniViGU.from_pretrained(one / "refine" / of)
+        assert all(a.shape == b.shape for a, b in zip(model.parameters(), stored.parameters()))
+    assert sample.open_trained("ema", last / "ema", None, torch.device("cpu"), True).stage
     (last / "model.safetensors").unlink()
     finish(start(out, "--resume"))
     assert_same_losses(lines(out), lines(one))

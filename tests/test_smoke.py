@@ -62,6 +62,7 @@ def test_the_loss_of_a_text_is_least_where_the_velocity_is_right():
     [
         ([], "--tiny"),
         (["--tiny", "--data", "x", "--init", "y"], "--tiny"),
+        (["--tiny", "--data", "x"], "--tiny"),
         (["--data", "x"], "--init"),
     ],
 )

@@ -1024,16 +1024,19 @@ def test_validation_always_has_the_same_clips_and_changes_nothing(whole, tmp_pat
     assert_same_run(tmp_path, whole["muon"])
     lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["stage"]) for line in lines]  # before each stage, and each 5
-    assert steps == [(0, "generator"), (5, "generator"), (9, "refine"), (10, "refine")]
-    assert ["understanding" in line for line in lines] == [False, False, True, True]
+    assert steps == [
+        *((0, "generator"), (5, "generator"), (5, "recall")),
+        *((9, "refine"), (10, "refine")),
+    ]
+    assert ["understanding" in line for line in lines] == [False, False, True, True, True]
     assert all(len(line["video_by_tenth"]) == 10 for line in lines)
     folders = sorted(f.name for f in (tmp_path / "val").iterdir())
-    assert folders == [f"step-{step:06d}" for step, _ in steps]
+    assert folders == [f"step-{step:06d}-{stage}" for step, stage in steps]
     page = (tmp_path / "report.html").read_text()
     shown = [page.index(f"Validation at {name.replace('-', ' ')}") for name in folders]
     assert shown == sorted(shown, reverse=True)  # the newest first
     assert "at step 5, before text was trained, and at step 10" in page
-    assert {f.name for f in (tmp_path / "val" / "step-000010").iterdir()} >= {
+    assert {f.name for f in (tmp_path / "val" / "step-000010-refine").iterdir()} >= {
         "understand.gif",
         "generate.gif",
         "joint.gif",
@@ -1054,13 +1057,14 @@ def test_where_nothing_is_learned_every_validation_finds_the_same(trained, whole
     flags = [*sum(rates, []), "--stages", "recall,refine", "--train", trained]
     run(tmp_path, "--init", str(whole["muon"] / "generator"), "--val-every", "2", *flags)
     lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    assert [line["step"] for line in lines] == [0, 2, 4, 4, 6, 8]
     for line in lines[1:]:
         for name, value in line.items():
             assert name in ("step", "stage") or name.endswith("_s") or value == lines[0][name]
     for sample in ("generate.gif", "joint.gif", "samples.png"):
         first, *others = [
-            (tmp_path / "val" / f"step-{line['step']:06d}" / sample).read_bytes() for line in lines
+            (tmp_path / "val" / f"step-{line['step']:06d}-{line['stage']}" / sample).read_bytes()
+            for line in lines
         ]
         assert all(other == first for other in others)
 

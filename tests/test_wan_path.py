@@ -221,6 +221,13 @@ def test_the_text_alone_is_trained_and_its_checkpoint_is_taken_by_every_command(
     change_json(out / "refine" / "train.json", base=base | {"checkpoint": str(other)})
     said = refused(capsys, "joint", *here, "--prompt", PROMPTS[0])
     assert "was trained on the weights" in said and base["digest"] in said
+    for wrong, words in (
+        (base | {"checkpoint": 5}, "wanted the path or hub id"),
+        ("wan", "wanted the path or hub id"),
+        (base | {"checkpoint": str(more / "refine")}, "holds a text stream alone"),
+    ):
+        change_json(out / "refine" / "train.json", base=wrong)
+        assert words in refused(capsys, "joint", *here, "--prompt", PROMPTS[0])
 
 
 @pytest.mark.parametrize(

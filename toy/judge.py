@@ -42,9 +42,10 @@ def judge(flags):
     world.seed = done["train"]["seed"]
     out = Path(flags.out or folder / "judged")
     check_folder(out)
+    model = checkpoint.load()
     out.mkdir(parents=True, exist_ok=True)
     has_text = checkpoint.stage != "generator"
-    world.evaluate(checkpoint.load(), out, flags.clips, done["elapsed"], has_text)
+    world.evaluate(model, out, flags.clips, done["elapsed"], has_text)
     if has_text and checkpoint.needs_prompt:
         print(checkpoint.needs_prompt)
 

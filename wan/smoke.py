@@ -171,7 +171,8 @@ def main(argv=None):
     flags, rest = parser.parse_known_args(argv)
     out = Path(flags.out)
     try:
-        if flags.tiny == bool(flags.data and flags.init):
+        asked = [bool(flags.data), bool(flags.init)]
+        if asked != ([False] * 2 if flags.tiny else [True] * 2):
             raise ValueError("wanted either --tiny, or --data and --init")
         if flags.steps < 8:
             raise ValueError(f"--steps is {flags.steps}, wanted at least 8")
@@ -188,6 +189,8 @@ def main(argv=None):
     usual = f"{steps} --warmup 20 --log-every 5 --val-every {flags.steps} --eval-clips 0"
     usual += f" --refine-p-drop 0.5 {TINY if flags.tiny else ''}"
     train.main([*here, "--out", str(run), *usual.split(), *rest])
+    if not (run / "refine").is_dir():
+        sys.exit("wan.smoke: stopped before its end, nothing is known")
     told, share = read_back(run / "refine", train.make_world(here[1], seed=0))
     for written, wanted in told:
         print(f"\nwanted:  {wanted}\nwritten: {written}")

@@ -401,12 +401,14 @@ def open_base(stored, folder, *, make_model, **overrides):
 def check_base(stored, folder, weights):
     """Raises FileNotFoundError where the base of the checkpoint in `folder` is not there,
     ValueError where its weights are others."""
-    try:
-        name, wanted = stored["checkpoint"], stored["digest"]
-    except (LookupError, TypeError):
+    name, wanted = (
+        stored.get(key) if isinstance(stored, dict) else None for key in ("checkpoint", "digest")
+    )
+    if not isinstance(name, str) or not isinstance(wanted, str):
         raise ValueError(
-            f"{folder / 'train.json'} has a base that train.py did not write"
-        ) from None
+            f"base in {folder / 'train.json'} is {stored!r:.80}, wanted the path or hub id of a "
+            "checkpoint and its digest"
+        )
     if Path(name).is_absolute() and not Path(name).exists():
         raise FileNotFoundError(
             f"{folder} lacks its base: {name} is gone, wanted it back, or its new place in "
@@ -416,6 +418,8 @@ def check_base(stored, folder, weights):
         base = open_checkpoint(name, weights)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} lacks its base: {one_line(error)}") from None
+    if weights and not video_of(base):
+        raise ValueError(f"{folder} has the base {name}, which holds a text stream alone")
     if weights and (found := digest(video_of(base))) != wanted:
         raise ValueError(
             f"{folder} was trained on the weights {wanted} of {name}, which has {found} now, "
