@@ -150,13 +150,14 @@ def restore_world(state, config, parts, device):
     """
     if state["world"] == "wan":
         return wan.World.restore(state | ({"wan": parts} if parts else {}), device=device)
-    if state["world"] != "toy":
-        raise ValueError(f"its world is {state['world']!r}, wanted 'toy' or 'wan'")
+    if state["world"] not in ("toy", "pairs"):
+        raise ValueError(f"its world is {state['world']!r}, wanted 'toy', 'pairs' or 'wan'")
     if parts:
         raise ValueError(f"--wan is {parts!r}, but the toy has no use for it")
     from toy import World
+    from toy.pairs_world import World as Pairs
 
-    world = World()
+    world = Pairs(level=state.get("level", 1)) if state["world"] == "pairs" else World()
     world.check(config)
     world.sampling = checked_sampling(state.get("sampling"), world.sampling)
     return world

@@ -92,6 +92,8 @@ REAL: dict = PAPER | dict(
     workers=2,
 )
 
+TOYS = {"toy", "pairs"}
+
 steps = partial(option, low=1, high=10**9)
 rate = partial(option, low=0, high=10)
 chance = partial(option, low=0, high=1)
@@ -110,8 +112,11 @@ class Train:
         choices=tuple(RECIPES),
     )
     data: str = option(
-        "toy", "what to learn: 'toy', or a folder that `python -m wan.prepare` wrote"
+        "toy",
+        "what to learn: 'toy', 'pairs' (two shapes, harder by --level), or a folder that "
+        "`python -m wan.prepare` wrote",
     )
+    level: int = option(1, "of the world 'pairs': 1, two plain shapes, to 6", low=1, high=6)
     vocabulary: str = option(
         "full",
         "of real data: 'full', all of umT5's tokens, or those that occur in the 'data': fewer "
@@ -433,11 +438,15 @@ class Trainer:
 # ---------------------------------------------------------------- from flags to a run
 
 
-def make_world(data, seed, vocabulary="full", also=()):
-    """The world to learn: "toy", or a folder that wan.prepare wrote. also: other folders, whose
-    tokens are to be known, too. Raises ValueError, OSError."""
-    if also and "toy" in (data, *also):
+def make_world(data, seed, vocabulary="full", also=(), level=1):
+    """The world to learn: "toy", "pairs" at a level, or a folder that wan.prepare wrote. also:
+    other folders, whose tokens are to be known, too. Raises ValueError, OSError."""
+    if also and TOYS & {data, *also}:
         raise ValueError(f"data are {data!r} and {also[0]!r}, wanted folders, or the toy")
+    if data == "pairs":
+        from toy.pairs_world import World as Pairs
+
+        return Pairs(seed, level)
     if data == "toy":
         from toy import World
 
@@ -454,8 +463,9 @@ def make_worlds(train, make_world):
     """Stage -> the world it learns from. Raises as make_world, and as engine.world.by_stage."""
 
     def make(source, others):
-        also = {"also": others} if others else {}
-        world = make_world(source, train.seed, train.vocabulary, **also)
+        more = {"also": others} if others else {}
+        more |= {"level": train.level} if source == "pairs" else {}
+        world = make_world(source, train.seed, train.vocabulary, **more)
         if train.sampling == "paper":
             world.sampling = PAPER_SAMPLING
         return world
@@ -511,7 +521,7 @@ def chosen(given, make_world):
     Wan or the data are real; the data's sizes; the recipe; real data's defaults; the flags."""
     asked = pick(Train, given)
     validate(asked)
-    real = any(asked.data_of(stage) != "toy" for stage in asked.names())
+    real = any(asked.data_of(stage) not in TOYS for stage in asked.names())
     recipe = RECIPES[asked.recipe] | (REAL if real else {})
     *_, world = make_worlds(pick(Train, recipe | given), make_world).values()
     sizes = world.sizes

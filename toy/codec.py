@@ -39,10 +39,8 @@ def weight(name):
     return 5.0 if "t" in name else 1.0
 
 
-# z_v = projection * weight / UNIT, of an overall RMS of 1.09. Every hue and shade has its opposite,
-# so means are zero. One unit for all channels keeps fine ones weak: a flow settles them last.
-WEIGHT = torch.tensor([[weight(name) for name in names] for names in (FIRST, GROUP)])
-UNIT = (DEVIATION * WEIGHT[0]).square().mean().sqrt()
+# z_v = projection * weight / unit, of an overall RMS of 1.09. Every hue and shade has its opposite,
+# so means are zero.
 
 
 def cosines(n):
@@ -77,14 +75,22 @@ def from_cells(cells, t):
 
 
 class Codec:
-    """frames (B, 3, 1 + 4n, 6H, 6W) in [-1, 1] <-> z_v (B, 24, 1 + n, H, W), where the input is."""
+    """frames (B, 3, 1 + 4n, 6H, 6W) in [-1, 1] <-> z_v (B, C, 1 + n, H, W), where the input is.
+
+    first, group: names of the vectors of a first frame and of a group; deviation: what the former
+    have in training clips.
+    """
 
     channels = len(GROUP)
 
-    def __init__(self):
+    def __init__(self, first=FIRST, group=GROUP, deviation=DEVIATION):
         flat = "c rgb t y x -> c (rgb t y x)"
-        self.first = rearrange(basis(FIRST, 1), flat) * STRIDE_T**0.5  # (C, 108)
-        self.group = rearrange(basis(GROUP, STRIDE_T), flat)  # (C, 432)
+        self.channels = len(group)
+        self.first = rearrange(basis(first, 1), flat) * STRIDE_T**0.5  # (C, 108)
+        self.group = rearrange(basis(group, STRIDE_T), flat)  # (C, 432)
+        self.weight = torch.tensor([[weight(name) for name in names] for names in (first, group)])
+        # One unit for all channels keeps fine ones weak: a flow settles them last.
+        self.unit = (deviation * self.weight[0]).square().mean().sqrt()
 
     def latent_shape(self, frames, height, width):
         """(C, F, H, W) of z_v for a video of this many frames and pixels.
@@ -99,7 +105,7 @@ class Codec:
 
     def scale(self, z_v):
         """What z_v (B, C, F, H, W) was divided by: (C, F, 1, 1)."""
-        first, group = (UNIT / WEIGHT).to(z_v)
+        first, group = (self.unit / self.weight).to(z_v)
         return torch.stack([first] + [group] * (z_v.shape[2] - 1), 1)[..., None, None]
 
     def encode(self, frames):

@@ -132,13 +132,13 @@ def signed_distance(shape, x, y, r):
     return torch.minimum(*arm)
 
 
-def coverage(shape, radius, centres):
-    """How much of each pixel a shape covers, (B, T, H, W) in [0, 1].
+def coverage(shape, radius, centres, height=H, width=W):
+    """How much of each pixel a shape covers, (B, T, height, width) in [0, 1].
 
     radius (B,) and centres (B, T, 2) in pixels.
     """
-    x = torch.arange(W) + 0.5 - centres[..., None, None, 0]  # (B, T, 1, W)
-    y = torch.arange(H)[:, None] + 0.5 - centres[..., None, None, 1]  # (B, T, H, 1)
+    x = torch.arange(width) + 0.5 - centres[..., None, None, 0]  # (B, T, 1, W)
+    y = torch.arange(height)[:, None] + 0.5 - centres[..., None, None, 1]  # (B, T, H, 1)
     distance = signed_distance(shape, x, y, radius[:, None, None, None])  # (B, T, H, W)
     return (0.5 - distance).clamp(0, 1)
 

@@ -42,38 +42,39 @@ def parse(text, form=DETAILED):
 
 
 class Tokenizer:
-    """Text <-> y (B, N) int64: a token for each word, then EOS, then PAD.
+    """Text <-> y (B, n) int64: a token for each word, then EOS, then PAD.
 
-    `words[i]` is the word of token i.
+    `words[i]` is the word of token i. vocabulary: the words (default: this world's), n: tokens.
     """
 
-    def __init__(self):
+    def __init__(self, vocabulary=None, n=N):
         values = " ".join(value for options in ATTRIBUTES.values() for value in options)
         grammar = [word for word in f"{BRIEF} {DETAILED}".split() if "{" not in word]
-        self.words = ["PAD", "EOS", *sorted({*values.split(), *grammar})]
+        self.n = n
+        self.words = ["PAD", "EOS", *(vocabulary or sorted({*values.split(), *grammar}))]
         self.ids = {word: i for i, word in enumerate(self.words) if i > EOS}
 
     def __len__(self):
         return len(self.words)
 
     def encode(self, texts):
-        """B texts -> y (B, N) int64.
+        """B texts -> y (B, n) int64.
 
-        Raises ValueError for a word outside the vocabulary, and for more than N - 1 words.
+        Raises ValueError for a word outside the vocabulary, and for more than n - 1 words.
         """
         rows = [self.encode_one(text) for text in texts]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, N)
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.n)
 
     def encode_one(self, text):
-        """One text -> list of N ints."""
+        """One text -> list of n ints."""
         words = text.split()
-        if len(words) > N - 1:
+        if len(words) > self.n - 1:
             found = f"text has {len(words)} words"
-            raise ValueError(f"{found}, wanted at most {N - 1}: {text[:60]!r}...")
+            raise ValueError(f"{found}, wanted at most {self.n - 1}: {text[:60]!r}...")
         for word in words:
             if word not in self.ids:
                 raise ValueError(f"word is {word[:60]!r}, wanted one of: {' '.join(self.ids)}")
-        return [self.ids[word] for word in words] + [EOS] + [PAD] * (N - 1 - len(words))
+        return [self.ids[word] for word in words] + [EOS] + [PAD] * (self.n - 1 - len(words))
 
     def decode(self, y):
         """y (B, any length) int64 -> B texts, each cut at its first EOS.
@@ -87,7 +88,7 @@ class Tokenizer:
 
 
 class PromptEncoder:
-    """Text -> c (B, N, width) float32: for each word a fixed random vector and its position's code.
+    """Text -> c (B, n, width) float32: for each word a fixed random vector and its position's code.
 
     The vectors have unit variance. After the words come zeros, not a mask, as in Wan; so "" is all
     zeros, the null prompt.
@@ -98,10 +99,10 @@ class PromptEncoder:
         stream = np.random.RandomState(0)  # its numbers are the same in every version of numpy
         self.word = torch.from_numpy(stream.randn(len(tokenizer), width)).float()
         rate = 100.0 ** -torch.linspace(0, 1, width // 2)
-        angle = torch.arange(N)[:, None] * rate  # (N, width/2)
-        self.position = torch.cat([angle.sin(), angle.cos()], 1)  # (N, width)
+        angle = torch.arange(tokenizer.n)[:, None] * rate  # (n, width/2)
+        self.position = torch.cat([angle.sin(), angle.cos()], 1)  # (n, width)
 
     def __call__(self, texts):
-        """B texts -> c (B, N, width). Raises ValueError as Tokenizer.encode does."""
-        y = self.tokenizer.encode(texts)  # (B, N)
-        return (self.word[y] + self.position) * (y > EOS)[..., None]  # (B, N, width)
+        """B texts -> c (B, n, width). Raises ValueError as Tokenizer.encode does."""
+        y = self.tokenizer.encode(texts)  # (B, n)
+        return (self.word[y] + self.position) * (y > EOS)[..., None]  # (B, n, width)

@@ -1,0 +1,269 @@
+"""How well a model reads, draws and does both in the second world: what is measured, and how.
+
+Of two shapes that were named and two that there are, those of one colour belong together; a shape
+whose colour was not named counts as wrong in all it has, so that matching does not flatter.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from engine.drift import losses_by_tenth, mean_by_tenth
+from engine.files import atomic, write_json
+from engine.video import to_pixels, write_gif
+from engine.world import Evaluation, in_turn
+from univigu import generate, joint, understand, uni_flow_loss
+
+from . import pairs, pairs_oracle
+from .pairs import ATTRIBUTES
+
+BATCH = 128
+SPLITS = (("seen", ""), ("unseen", "_unseen"))  # and what ends the names of its measures
+COLOUR = list(ATTRIBUTES).index("colour")
+BOUND = [list(ATTRIBUTES).index(name) for name in ("colour", "shape", "direction")]
+
+
+@dataclass
+class Told:
+    """Two shapes of n clips, and what relates them: of a caption, a video, or the truth."""
+
+    attributes: torch.Tensor  # (n, 2, 6) int64, -1 where nothing valid is said
+    relation: list  # (index of RELATIONS, colour of the one, colour of the other), or None
+
+
+def truth(clips):
+    """The Told of pairs.Clips."""
+    colours = [[shape["colour"] for shape in both] for both in pairs.named(clips)]
+    relations = [
+        (relation, *both) if relation >= 0 else None
+        for relation, both in zip(clips.relation.tolist(), colours)
+    ]
+    return Told(clips.attributes, relations)
+
+
+def said(texts, level):
+    """The Told of captions."""
+    rows, relations = [], []
+    for text in texts:
+        both, relation = pairs.parse(text, level)
+        rows.append([[index_of(name, shape[name]) for name in ATTRIBUTES] for shape in both])
+        relations.append(relation)
+    return Told(torch.tensor(rows).reshape(-1, 2, len(ATTRIBUTES)), relations)
+
+
+def index_of(name, value):
+    return -1 if value is None else ATTRIBUTES[name].index(value)
+
+
+def shown(videos, level):
+    """The Told of videos (3, T, H, W) each, by the oracle, and what of their relations holds."""
+    attributes, holds = [], []
+    for part in torch.stack(list(videos)).split(32):
+        seen = pairs_oracle.read(part, level == 6)
+        attributes.append(seen.attributes)
+        for row, start, front in zip(seen.attributes, seen.start, seen.front.tolist()):
+            holds.append(true_relations(row, start, front))
+    return Told(torch.cat(attributes), [None] * len(holds)), holds
+
+
+def true_relations(row, start, front):
+    """All relations that hold in a video that was read, as Told has them."""
+    names = [ATTRIBUTES["colour"][i] if i >= 0 else None for i in row[:, COLOUR].tolist()]
+    found = set()
+    for one, other in ((0, 1), (1, 0)):
+        rows, starts = row[[one, other]].numpy(), start[[one, other]].numpy()
+        in_front = None if front < 0 else int(front != one)
+        for k in pairs.relations(rows, starts, in_front):
+            found.add((k, names[one], names[other]))
+    return found
+
+
+def matched(found, wanted):
+    """found, wanted (n, 2, 6) -> found with the shape of the same colour in each place, -1 where
+    there is none."""
+    same = found[:, None, :, COLOUR] == wanted[:, :, None, COLOUR]  # (n, wanted, found)
+    which = same.float().argmax(2)  # (n, 2)
+    rows = torch.arange(len(found))[:, None]
+    return torch.where(same.any(2)[..., None], found[rows, which], -1)
+
+
+def score(found, wanted, names, roll=0):
+    """Shares that are right: name -> number. found, wanted: Told. names: the attributes of a level.
+    roll: clips apart, for chance."""
+    of = wanted.attributes.roll(roll, 0)
+    right = (matched(found.attributes, of) == of).double()  # (n, 2, 6)
+    columns = [list(ATTRIBUTES).index(name) for name in names]
+    both, bound = right[..., columns], right[..., BOUND].prod(2)
+    each = {name: round(right[..., k].mean().item(), 4) for name, k in zip(names, columns)}
+    return {
+        "attribute_accuracy": round(both.mean().item(), 4),
+        "attribute_accuracy_each": each,
+        "shape_right": round(both.prod(2).mean().item(), 4),
+        "binding": round(bound.prod(1).mean().item(), 4),
+        "exact_match": round(both.prod(2).prod(1).mean().item(), 4),
+        "product_of_attributes": round(float(torch.tensor([*each.values()]).prod()), 4),
+    }
+
+
+def relation_accuracy(found, wanted, roll=0):
+    """The share of the clips with a relation whose caption tells it; None where none has one."""
+    of = wanted.relation[-roll:] + wanted.relation[:-roll] if roll else wanted.relation
+    pairs_of = [(a, b) for a, b in zip(found.relation, of) if b]
+    return round(sum(a == b for a, b in pairs_of) / len(pairs_of), 4) if pairs_of else None
+
+
+# ---------------------------------------------------------------- what a model makes of clips
+
+
+def sample_split(model, world, split, clips, has_text):
+    """Runs the modes over clips 0 .. clips - 1 of a split: name -> captions or videos."""
+    found = {}
+    for first in range(0, clips, BATCH):
+        indices = range(first, min(first + BATCH, clips))
+        for name, values in sample_batch(model, world, split, indices, has_text).items():
+            found.setdefault(name, []).extend(values)
+    return found
+
+
+def sample_batch(model, world, split, indices, has_text):
+    device = next(model.parameters()).device
+    batch = world.dataset(split).__getitems__(indices)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    generator = torch.Generator().manual_seed(world.seed * 1_000_003 + indices[0])
+    y, c, options = batch["caption"] if has_text else None, batch["c"], world.sampling
+
+    def decode(z_v):
+        return list(world.codec.decode(z_v.cpu()))
+
+    z_v = generate(model, y, c, world.shape, generator=generator, **options["generate"])
+    found = {"drawn": decode(z_v), "frames": decode(batch["z_v"])}
+    if has_text:
+        read = partial(understand, model, batch["z_v"], generator=generator)
+        found["read"] = world.tokenizer.decode(read(**options["understand"]).cpu())
+        found["prompted"] = world.tokenizer.decode(read(c, **options["understand"]).cpu())
+        z_v, y_hat = joint(model, c, world.shape, generator=generator, **options["joint"])
+        found["joint"], found["joint_said"] = decode(z_v), world.tokenizer.decode(y_hat.cpu())
+    return found
+
+
+@torch.no_grad()
+def held_out_losses(model, world, split, clips, has_text):
+    """Mean of every loss over clips of a split, at the same clocks and noise at each call."""
+    device = next(model.parameters()).device
+    batch = world.dataset(split).__getitems__(range(clips))
+    batch = {name: value.to(device) for name, value in batch.items()}
+    losses = {}
+    for target in ("prompt", "caption") if has_text else (None,):
+        generator = torch.Generator().manual_seed(world.seed)
+        y, suffix = (batch[target], f" ({target})") if target else (None, "")
+        _, parts = uni_flow_loss(model, batch["z_v"], y, batch["c"], generator=generator)
+        for name in ("video", "text", "anchor") if target else ("video",):
+            losses[name + suffix] = round(parts[name].mean().item(), 6)
+    tenths = losses_by_tenth(model, batch["z_v"], batch["c"], 0, world.seed)
+    return losses, mean_by_tenth(tenths)
+
+
+def measure(found, clips, level):
+    """What is right in what a model made of clips: mode -> measure -> number, and chance alike."""
+    names = [n for n in ATTRIBUTES if level >= 3 or n not in ("size", "speed")]
+    names = [n for n in names if level == 6 or n != "event"]
+    wanted, results, chance = truth(clips), {}, {}
+    drawn, holds = shown(found["drawn"], level)
+    compared = {"generation": (drawn, wanted, holds)}
+    if "read" in found:
+        compared["understanding"] = said(found["read"], level), wanted, None
+        compared["understanding_with_prompt"] = said(found["prompted"], level), wanted, None
+        seen, _ = shown(found["joint"], level)
+        compared["joint_agreement"] = said(found["joint_said"], level), seen, None
+    for mode, (a, b, holds) in compared.items():
+        results[mode], chance[mode] = score(a, b, names), score(a, b, names, roll=1)
+        if holds is not None:
+            told = [(r, h) for r, h in zip(b.relation, holds) if r]
+            share = sum(r in h for r, h in told) / len(told) if told else None
+            results[mode]["relation"] = share and round(share, 4)
+        elif mode != "joint_agreement":
+            results[mode]["relation"] = relation_accuracy(a, b)
+            chance[mode]["relation"] = relation_accuracy(a, b, roll=1)
+    return results, chance
+
+
+def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
+    """Measures a model on `clips` clips of each split, and prints a table; see World.evaluate."""
+    begin = time.time()
+    jobs = [
+        partial(job, model, world, split, clips, has_text)
+        for split, _ in SPLITS
+        for job in (sample_split, held_out_losses)
+    ]
+    done = share(jobs)
+    if out is None:
+        return Evaluation({})
+    out, results = Path(out), {"seed": world.seed, "level": world.level, "clips": clips}
+    results |= {"chance": {}, "loss": {}}
+    gallery = []
+    for split, suffix in SPLITS:
+        found, (losses, tenths), *done = done
+        truths = world.dataset(split).clips(range(clips))
+        measured, chance = measure(found, truths, world.level)
+        for mode, of in measured.items():
+            results.setdefault(mode, {}).update({k + suffix: v for k, v in of.items()})
+            into = results["chance"].setdefault(mode, {})
+            into.update({k + suffix: v for k, v in chance[mode].items()})
+        results["loss"][split] = losses
+        if split == "seen":
+            results["video_by_tenth"] = tenths
+            captions = pairs.detailed(truths, world.level)
+            results["pictures"] = write_pictures(found, captions, out)
+            gallery = entries(found, captions)
+    results["train_s"] = round(elapsed, 1)
+    results["wall_s"] = round(elapsed + time.time() - begin, 1)
+    write_json(out / "results.json", results)
+    print(table(results))
+    return Evaluation(results, {"gallery": gallery})
+
+
+def table(results):
+    """The measures of each mode, seen and unseen, beside chance."""
+    lines = [f"level {results['level']:<34}{'seen':>9}{'unseen':>9}{'chance':>9}"]
+    for mode, of in results.items():
+        if mode not in results["chance"]:
+            continue
+        for name in ("attribute_accuracy", "shape_right", "binding", "relation", "exact_match"):
+            values = of.get(name), of.get(f"{name}_unseen"), results["chance"][mode].get(name)
+            told = "".join(f"{'' if v is None else f'{v:.3f}':>9}" for v in values)
+            lines.append(f"{mode + '.' + name:40}{told}")
+    return "\n".join(lines)
+
+
+def entries(found, captions, count=4):
+    """The first clips of each mode, for the report."""
+    shown = []
+    for i in range(min(count, len(captions))):
+        if "read" in found:
+            lines = [("wanted", captions[i]), ("the model wrote", found["read"][i])]
+            right = found["read"][i] == captions[i]
+            frames = found["frames"][i]
+            shown.append({"mode": "understand", "right": right, "frames": frames, "lines": lines})
+    for i in range(min(count, len(captions))):
+        lines = [("asked", captions[i])]
+        frames = found["drawn"][i]
+        shown.append({"mode": "generate", "right": None, "frames": frames, "lines": lines})
+    for i in range(min(count, len(found.get("joint", ())))):
+        lines = [("the model wrote", found["joint_said"][i])]
+        shown.append({"mode": "joint", "right": None, "frames": found["joint"][i], "lines": lines})
+    return shown
+
+
+def write_pictures(found, captions, out):
+    """A GIF of each mode. Returns GIF -> the text that belongs to it."""
+    pictures = {"generate.gif": (found["drawn"], captions)}
+    if "read" in found:
+        pictures["understand.gif"] = found["frames"], found["read"]
+        pictures["joint.gif"] = found["joint"], found["joint_said"]
+    for name, (videos, _) in pictures.items():
+        with atomic(out / name) as part:
+            write_gif(part, to_pixels(videos[0]), fps=8, zoom=8, hold_ms=800)
+    return {name: texts[0] for name, (_, texts) in pictures.items()}
