@@ -185,7 +185,7 @@ def test_what_is_unknown_is_refused_in_one_line(argv, word, tmp_path):
 
 
 def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "QUICK", TINY)
+    monkeypatch.setitem(experiments.WORLDS, "toy", (EXPERIMENTS, FULL, TINY))
     argv = ["experts", "survival", "--quick", "--out", str(tmp_path)]
     experiments.main(argv)
     for name in ("experts", "survival"):
@@ -244,7 +244,7 @@ def at_refine(monkeypatch):
 
 
 def test_sigterm_ends_it_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys, at_refine):
-    monkeypatch.setattr(experiments, "QUICK", TINY)
+    monkeypatch.setitem(experiments.WORLDS, "toy", (EXPERIMENTS, FULL, TINY))
     argv = ["recall", "--quick", "--out", str(tmp_path)]
     handler = signal.getsignal(signal.SIGTERM)
     with (
@@ -265,7 +265,7 @@ def test_coevolution_sees_the_states_that_were_reached(tmp_path):
     config = Config(
         dim=24, ffn_dim=32, text_ffn_dim=32, num_layers=1, text_dim=24, num_heads=2, freq_dim=16
     )
-    run = Run(OF["default"], tmp_path, 0, 4, ["generator", "recall", "refine"], config)
+    run = Run(OF["default"], tmp_path, 4, train.Train(), config)
     run.model = UniViGU(config).eval()
     numbers = measures.coevolution(run, steps=6)
     points = [name for name in numbers if name.startswith("agreement at @ ")]
@@ -283,7 +283,7 @@ def test_coevolution_sees_the_states_that_were_reached(tmp_path):
 
 @pytest.mark.slow
 def test_all_experiments_end_to_end_and_a_stopped_one_goes_on(tmp_path, monkeypatch, at_refine):
-    monkeypatch.setattr(experiments, "QUICK", TINY)
+    monkeypatch.setitem(experiments.WORLDS, "toy", (EXPERIMENTS, FULL, TINY))
     monkeypatch.setattr(measures, "STEPS", (1, 8, 16, 64))
     argv = ["--quick", "--seeds", "3", "--out", str(tmp_path)]
 

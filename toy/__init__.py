@@ -47,6 +47,7 @@ class World:
 
     def check(self, config):
         """Raises ValueError where a model's sizes do not fit the toy's."""
+        data = f"as the data {self.state['world']!r} has"
         wanted = {
             "in_dim": self.shape[0],
             "out_dim": self.shape[0],
@@ -57,13 +58,13 @@ class World:
         for name, size in wanted.items():
             if getattr(config, name) != size:
                 found = f"{name} is {getattr(config, name)}"
-                raise ValueError(f"{found}, wanted {size}, as the data 'toy' has")
+                raise ValueError(f"{found}, wanted {size}, {data}")
         if config.prompt_len < self.text_len:
             found = f"prompt_len is {config.prompt_len}"
-            raise ValueError(f"{found}, wanted at least {self.text_len}, as the data 'toy' has")
+            raise ValueError(f"{found}, wanted at least {self.text_len}, {data}")
         if any(size % patch for size, patch in zip(self.shape[1:], config.patch_size)):
             found = f"patch_size is {config.patch_size}"
-            raise ValueError(f"{found}, wanted divisors of the toy's latents, {self.shape[1:]}")
+            raise ValueError(f"{found}, wanted divisors of {self.shape[1:]}, {data}")
 
     def dataset(self, split):
         """The clips of "train", "seen" or "unseen". Raises ValueError for another split."""

@@ -2,7 +2,8 @@
 
     python -m toy.experiments                      all of them: hours on two CPU cores
     python -m toy.experiments pretraining recall   some of them
-    python -m toy.experiments --quick              one seed, a fifth of the steps: does it run
+    python -m toy.experiments --data pairs         those of the second world: many hours
+    python -m toy.experiments --quick              one seed, few steps: does it run
 
 A second call goes on where the first stopped. A variant is a run of train.py, in
 <out>/<variant>/seed<k>, that differs in one thing from the variant "base", the default recipe
@@ -10,8 +11,8 @@ shortened; "default" and those named "whole" are not shortened. All text stages 
 generator for each seed, unless that is the question. An experiment writes
 <out>/<name>/results.json and figure.png.
 
-What was found is computed, never written here: see toy/claims.py. A claim is supported where all
-its checks hold, not supported where none does, else mixed.
+What was found is computed, never written here: see toy/claims.py and toy/pairs_claims.py. A claim
+is supported where all its checks hold, not supported where none does, else mixed.
 """
 
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 from engine.files import check_folder, one_line, write_json
 from engine.options import Parser, run_command
 
+from . import pairs_claims
 from .claims import BASE, EXPERIMENTS, MARGIN, Check, Experiment, from_generator
 from .figures import bars, write_figure
 from .runs import FULL, QUICK, Budget, Variant, trained
@@ -42,7 +44,14 @@ __all__ = [  # what an experiment of one's own is made of, see toy/README.md
     "table",
 ]
 
-MAIN = ("read", "read all", "drawn", "agreement", "prompt followed")  # the numbers printed
+MAIN = (  # the numbers printed
+    *("read", "read all", "read bound", "drawn", "drawn bound"),
+    *("agreement", "prompt followed", "agreed"),
+)
+WORLDS = {  # experiments, and the budget of a full and of a quick pass
+    "toy": (EXPERIMENTS, FULL, QUICK),
+    "pairs": (pairs_claims.EXPERIMENTS, pairs_claims.FULL, pairs_claims.QUICK),
+}
 
 
 # ---------------------------------------------------------------- the verdict
@@ -141,35 +150,47 @@ def table(results):
 
 
 def parse(argv):
-    """Flags -> names of experiments, seeds, budget, folder. Raises ValueError for bad values."""
-    known = [experiment.name for experiment in EXPERIMENTS]
+    """Flags -> experiments, seeds, budget, folder. Raises ValueError for bad values."""
     parser = Parser(
         prog="toy.experiments",
         usage="python -m %(prog)s [NAME ...] [--flag value ...]",
         description=__doc__,
     )
+    told = (f"{data}: {', '.join(by_name(data))}" for data in WORLDS)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which (default: all): {', '.join(known)}"
+        "names", nargs="*", metavar="NAME", help=f"which (default: all). {'; '.join(told)}"
     )
+    parser.add_argument("--data", choices=WORLDS, default="toy", help="which world (default: toy)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, a fifth of the steps, a quarter of the clips, in a folder of its own",
+        help="one seed, few steps and clips, in a folder of its own",
     )
     parser.add_argument("--seeds", help="with commas (default: 0,1,2; quick: 0)")
     parser.add_argument(
         "--out",
         help="folder of runs, results and figures "
-        "(default: runs/experiments; quick: runs/experiments-quick)",
+        "(default: runs/experiments, for pairs runs/experiments-pairs; quick: ...-quick)",
     )
     flags = parser.parse_args(argv)
+    known = by_name(flags.data)
     for name in flags.names:
         if name not in known:
             raise ValueError(f"experiment is {name!r}, wanted one of {', '.join(known)}")
     seeds = ("0" if flags.quick else "0,1,2") if flags.seeds is None else flags.seeds
-    out = flags.out or ("runs/experiments-quick" if flags.quick else "runs/experiments")
-    budget = QUICK if flags.quick else FULL
-    return flags.names or known, different_seeds(seeds), budget, writable_folder(out)
+    out = "runs/experiments" + "-pairs" * (flags.data == "pairs") + "-quick" * flags.quick
+    _, full, quick = WORLDS[flags.data]
+    chosen = [known[name] for name in known if name in (flags.names or known)]
+    return (
+        chosen,
+        different_seeds(seeds),
+        quick if flags.quick else full,
+        writable_folder(flags.out or out),
+    )
+
+
+def by_name(data):
+    return {experiment.name: experiment for experiment in WORLDS[data][0]}
 
 
 def different_seeds(text):
@@ -192,13 +213,12 @@ def writable_folder(out):
 def main(argv=None):
     begin, results = time.time(), []
     try:
-        names, seeds, budget, out = parse(argv)
-        for experiment in EXPERIMENTS:
-            if experiment.name in names:
-                print(f"\n{experiment.name}: {experiment.claim}")
-                print(f"Refuted if: {experiment.refuted_if}")
-                results.append(perform(experiment, seeds, budget, out))
-                print(table(results[-1:]))
+        experiments, seeds, budget, out = parse(argv)
+        for experiment in experiments:
+            print(f"\n{experiment.name}: {experiment.claim}")
+            print(f"Refuted if: {experiment.refuted_if}")
+            results.append(perform(experiment, seeds, budget, out))
+            print(table(results[-1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"toy.experiments: error: {one_line(error)}")
     minutes = (time.time() - begin) / 60

@@ -32,8 +32,9 @@ def judge(flags):
     """Evaluates a checkpoint as the flags say. Raises ValueError, OSError."""
     checkpoint = open_checkpoint(flags.checkpoint, None, torch.device("cpu"))
     world, folder = checkpoint.world, Path(flags.checkpoint)
-    if world.state["world"] != "toy":
-        raise ValueError(f"{folder} was trained on {world.state['world']!r}, wanted the toy")
+    name = world.state["world"]
+    if name not in ("toy", "pairs"):
+        raise ValueError(f"{folder} was trained on {name!r}, wanted 'toy' or 'pairs'")
     given = {name: getattr(flags, name) for name in ("guidance", "steps")}
     given = {name: value for name, value in given.items() if value is not None}
     world.sampling = {mode: options | given for mode, options in world.sampling.items()}

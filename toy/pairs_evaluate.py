@@ -34,6 +34,12 @@ class Told:
     relation: list  # (index of RELATIONS, colour of the one, colour of the other), or None
 
 
+def names_of(level):
+    """The attributes that a caption tells at a level."""
+    names = [name for name in ATTRIBUTES if level >= 3 or name not in ("size", "speed")]
+    return [name for name in names if level == 6 or name != "event"]
+
+
 def truth(clips):
     """The Told of pairs.Clips."""
     colours = [[shape["colour"] for shape in both] for both in pairs.named(clips)]
@@ -168,8 +174,7 @@ def held_out_losses(model, world, split, clips, has_text):
 
 def measure(found, clips, level):
     """What is right in what a model made of clips: mode -> measure -> number, and chance alike."""
-    names = [n for n in ATTRIBUTES if level >= 3 or n not in ("size", "speed")]
-    names = [n for n in names if level == 6 or n != "event"]
+    names = names_of(level)
     wanted, results, chance = truth(clips), {}, {}
     drawn, holds = shown(found["drawn"], level)
     compared = {"generation": (drawn, wanted, holds)}

@@ -18,7 +18,7 @@ from engine.files import read_json, write_json
 from univigu import Config, understand, uni_flow_loss
 from wan.published import build
 
-from . import World, oracle, words
+from . import oracle, words
 from .evaluate import SAMPLING, said
 from .variants import graft
 
@@ -38,8 +38,9 @@ class Budget:
         """Step counts into flags.
 
         {recall}: the stage's steps. {text}: both text stages' together. {long_refine}: refine's and
-        the generator's. {default}, {default_steps}, {default_text}, of the run that is not
-        shortened: stages and steps, the steps alone, how many both text stages have together.
+        the generator's. {five_times}: five times the generator's. {checkpoints}: eight on the way.
+        {default}, {default_steps}, {default_text}, of the run that is not shortened: stages and
+        steps, the steps alone, how many both text stages have together.
         """
         counts = zip(train.STAGES, self.default)
         steps = " ".join(f"--{stage}-steps {count}" for stage, count in counts)
@@ -47,6 +48,8 @@ class Budget:
             recall=self.recall,
             text=self.recall + self.refine,
             long_refine=self.generator + self.refine,
+            five_times=f"--generator-steps {5 * self.generator}",
+            checkpoints=f"--save-every {(self.recall + self.refine) // 8} --keep 99",
             default=f"--stages generator,recall,refine {steps}",
             default_steps=steps,
             default_text=sum(self.default[1:]),
@@ -115,7 +118,7 @@ def trained(variant, seed, budget, out):
     folder, argv = run_folder(out, variant, seed), arguments(variant, seed, budget, out)
     argv += ["--resume"] * bool(checkpoints(folder))
     recipe, _, config, _ = train.parse(argv)  # refuses a run that was begun with other flags
-    run = Run(variant, folder, seed, budget.clips, recipe.stages.split(","), config)
+    run = Run(variant, folder, budget.clips, recipe, config)
     last = folder / run.stages[-1]
     if last.exists():
         return run
@@ -142,10 +145,17 @@ class Run:
 
     variant: Variant
     folder: Path
-    seed: int
     clips: int
-    stages: list[str]
+    recipe: train.Train
     config: Config
+
+    @property
+    def seed(self):
+        return self.recipe.seed
+
+    @property
+    def stages(self):
+        return self.recipe.names()
 
     def restored(self, checkpoint):
         """The model of one of its checkpoints."""
@@ -158,7 +168,7 @@ class Run:
 
     @cached_property
     def world(self):
-        return World(self.seed)
+        return train.make_worlds(self.recipe, self.variant.make_world)[self.stages[-1]]
 
     def generator(self):
         return torch.Generator().manual_seed(self.seed)

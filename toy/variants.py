@@ -1,7 +1,7 @@
 """Alternatives that train.py has no flag for: other models, losses, data and starts.
 
 Each is an argument of train.main: make_model(config), loss as univigu.uni_flow_loss,
-make_world(data, seed, vocabulary), load_start(folder, config, make_model).
+make_world(data, seed, vocabulary, level), load_start(folder, config, make_model).
 """
 
 from functools import partial
@@ -16,6 +16,7 @@ import toy
 from engine.checkpoint import Start
 from univigu import MIXTURE, Attention, EmbeddingFlow, UniViGU, uni_flow_loss
 
+from .pairs_world import World as Pairs
 from .words import PAD
 
 # ---------------------------------------------------------------- models
@@ -36,6 +37,23 @@ class FrozenE(UniViGU):
 
     def embedding_matrix(self):
         return super().embedding_matrix().detach()
+
+
+class OrthogonalE(FrozenE):
+    """E stays as it was drawn, its rows at right angles; V is at most d."""
+
+    def init_weights(self):
+        super().init_weights()
+        torch.nn.init.orthogonal_(self.token_embedding.weight)
+
+
+class SlowE(UniViGU):
+    """E is learned, ten times as slowly: a step of Adam turns a row ten times as long as little."""
+
+    @torch.no_grad()
+    def init_weights(self):
+        super().init_weights()
+        self.token_embedding.weight.mul_(10)
 
 
 class CentredE(UniViGU):
@@ -143,33 +161,37 @@ def contrastive_loss(model, z_v1, y, c, **options):
     return total + 0.05 * contrast, parts
 
 
+def repulsion_loss(model, z_v1, y, c, **options):
+    """E's rows push each other apart: the sum of a row's squared cosines with the others counts."""
+    total, parts = uni_flow_loss(model, z_v1, y, c, **options)
+    if y is None:
+        return total, parts
+    rows = F.normalize(model.embedding_matrix(), dim=-1)  # (V, d)
+    cosines = (rows @ rows.T).square().sum(1) - 1
+    return total + 0.1 * cosines.mean(), parts
+
+
+def wrong_prompts(model, z_v1, y, c, **options):
+    """The generator's prompts belong to other clips: it learns video, and nothing of words."""
+    return uni_flow_loss(model, z_v1, y, c.roll(1, 0) if y is None else c, **options)
+
+
 # ---------------------------------------------------------------- data
 
 
-class FewShapes(toy.Shapes):
-    """As many distinct clips, shown again and again."""
+def few_clips(distinct, data, seed, vocabulary="full", level=1):
+    """A toy of so many distinct training clips, which are shown again and again."""
+    world = Pairs(seed, level) if data == "pairs" else toy.World(seed)
+    endless = world.dataset
 
-    def __init__(self, world, split, distinct):
-        super().__init__(world, split)
-        self.distinct = distinct
+    def dataset(split):
+        found = endless(split)
+        batch = found.batch
+        found.batch = lambda step, size: [index % distinct for index in batch(step, size)]
+        return found
 
-    def batch(self, step, size):
-        return [index % self.distinct for index in super().batch(step, size)]
-
-
-class FewClips(toy.World):
-    """A toy with so many distinct clips."""
-
-    def __init__(self, distinct, seed=0):
-        super().__init__(seed)
-        self.distinct = distinct
-
-    def dataset(self, split):
-        return FewShapes(self, split, self.distinct)
-
-
-def few_clips(distinct, data, seed, vocabulary="full"):
-    return FewClips(distinct, seed)
+    world.dataset = dataset
+    return world
 
 
 # ---------------------------------------------------------------- starts

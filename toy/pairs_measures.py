@@ -1,0 +1,110 @@
+"""What experiments measure in the second world: functions of a finished Run -> {name: number}.
+
+"name @ x" is a point of a curve. Object by object, matched by colour, see toy/pairs_evaluate.py.
+"""
+
+import torch.nn.functional as F
+
+from engine.checkpoint import checkpoints
+from train import STAGES
+from univigu import generate, joint, understand
+
+from . import pairs
+from .pairs_evaluate import names_of, said, score, shown, truth
+
+STEPS = (1, 2, 4, 8, 16, 32)  # of each sampler
+
+
+def show(run, split="seen"):
+    """A batch of clips, and what they show, as pairs_evaluate.Told."""
+    dataset = run.world.dataset(split)
+    indices = range(run.clips)
+    return dataset.__getitems__(indices), truth(dataset.clips(indices))
+
+
+def compare(run, found, wanted, name):
+    """The measures of one mode, under names that begin with `name`."""
+    of = score(found, wanted, names_of(run.world.level))
+    numbers = {
+        name: of["attribute_accuracy"],
+        f"{name} objects": of["shape_right"],
+        f"{name} bound": of["binding"],
+        f"{name} all": of["exact_match"],
+    }
+    return numbers | {f"{name} {k}": v for k, v in of["attribute_accuracy_each"].items()}
+
+
+def captions(run, batch, model=None, **sampling):
+    """What the model writes of clean videos without a prompt, as Told."""
+    options = run.world.sampling["understand"] | {"reuse_video": False} | sampling
+    y_hat = understand(model or run.model, batch["z_v"], generator=run.generator(), **options)
+    return said(run.world.tokenizer.decode(y_hat), run.world.level)
+
+
+def videos(run, batch, model=None, stage=None, **sampling):
+    """What it draws from captions, as the oracle tells it."""
+    y, options = batch.get(STAGES[stage or run.stages[-1]]), run.world.sampling["generate"]
+    model, shape, g = model or run.model, run.world.shape, run.generator()
+    z_v = generate(model, y, batch["c"], shape, generator=g, **options | sampling)
+    return shown(run.world.codec.decode(z_v), run.world.level)[0]
+
+
+def reading(run):
+    """Captions without a prompt, of pairs of training and of held-out ones."""
+    if run.stages == ["generator"]:
+        return {}
+    numbers = {}
+    for split, suffix in (("seen", ""), ("unseen", " unseen")):
+        batch, wanted = show(run, split)
+        found = compare(run, captions(run, batch), wanted, "read")
+        numbers |= {name + suffix: value for name, value in found.items()}
+    return numbers
+
+
+def reading_by_step(run):
+    """The same at each checkpoint, and how alike E's rows are: the largest cosine between two rows
+    of one attribute's values, and of any two."""
+    batch, wanted = show(run)
+    numbers = {}
+    for step, folder in checkpoints(run.folder):
+        model = run.restored(folder)
+        found = compare(run, captions(run, batch, model), wanted, "read")
+        E = F.normalize(model.embedding_matrix().detach(), dim=-1)
+        cosines = (E @ E.T).fill_diagonal_(-1)  # (V, V)
+        numbers[f"read by step @ {step}"] = found["read"]
+        numbers[f"bound by step @ {step}"] = found["read bound"]
+        numbers[f"largest cosine @ {step}"] = cosines.max()
+        for name, values in pairs.ATTRIBUTES.items():
+            ids = [run.world.tokenizer.ids[v] for v in values if v in run.world.tokenizer.ids]
+            if len(ids) > 1:
+                numbers[f"cosine of {name}s @ {step}"] = cosines[ids][:, ids].max()
+    return numbers
+
+
+def drawing(run, stage=None):
+    """Videos drawn from captions (by a generator: from prompts), as the oracle reads them."""
+    batch, wanted = show(run)
+    return compare(run, videos(run, batch, stage=stage), wanted, "drawn")
+
+
+def agreement(run):
+    """Captions against videos of joint sampling, from prompts: together on the model's own line."""
+    batch, _ = show(run)
+    options = run.world.sampling["joint"] | {"generator": run.generator()}
+    z_v, y_hat = joint(run.model, batch["c"], run.world.shape, **options)
+    seen, _ = shown(run.world.codec.decode(z_v), run.world.level)
+    told = said(run.world.tokenizer.decode(y_hat), run.world.level)
+    return compare(run, told, seen, "agreed")
+
+
+def by_sampler_steps(run):
+    """Reading and drawing by the number of the samplers' steps."""
+    batch, wanted = show(run)
+    numbers = {}
+    for steps in STEPS:
+        found = compare(run, captions(run, batch, steps=steps), wanted, "read")
+        numbers[f"read in @ {steps}"] = found["read"]
+        numbers[f"bound in @ {steps}"] = found["read bound"]
+        found = compare(run, videos(run, batch, steps=steps), wanted, "drawn")
+        numbers[f"drawn in @ {steps}"] = found["drawn"]
+    return numbers
