@@ -8,14 +8,23 @@ from functools import partial
 import train
 
 from .claims import MARGIN, Check, Experiment
-from .figures import across_groups, curve
-from .pairs_measures import drawing, reading, reading_by_step
+from .figures import across_groups, bars, curve
+from .pairs_measures import (
+    agreement,
+    by_sampler_steps,
+    drawing,
+    reading,
+    reading_by_step,
+    together_and_apart,
+)
 from .runs import WHOLE, Budget, Variant
 from .variants import (
     FrozenE,
     OrthogonalE,
+    SharedFFN,
     SlowE,
     few_clips,
+    lines,
     repulsion_loss,
     wrong_prompts,
 )
@@ -77,6 +86,29 @@ def by_start(name):
     return across_groups("captioned clips (last: none twice)", name, groups)
 
 
+# ---------------------------------------------------------------- what else decides
+
+ALL_NEW = TEXT["generator", EVER_NEW]  # the base of what follows
+REFINE_ALONE = {
+    n: from_generator(
+        f"refine alone, {n} clips", "--stages refine --refine-steps {text}", make_world=make_world
+    )
+    for n, make_world in CAPTIONED.items()
+}
+EXPERTS = {
+    "a shared one": from_generator("shared FFN", make_model=SharedFFN),
+    "a light new one": from_generator("FFN_t an eighth", "--text-ffn-dim 32"),
+    "a full copy": from_generator("copied FFN_t", "--text-ffn-init copy"),
+}
+HALF = "--recall-p-drop .5 --refine-p-drop .5"  # on all lines, so that clocks alone differ
+ALIKE = "--joint-shift 4"  # as text_shift: one clock, but for the warp
+CLOCKS = {
+    "independent": from_generator("independent", f"--clocks independent {ALIKE} {HALF}"),
+    "one": from_generator("one clock", f"{ALIKE} {HALF}", loss=lines(joint=1.0)),
+    "mixture": from_generator("mixture", HALF, loss=lines()),
+}
+VELOCITY = from_generator("velocity, cross-entropy 1", "--text-output velocity --anchor 1")
+
 # ---------------------------------------------------------------- the experiments
 
 ROWS = {
@@ -88,6 +120,16 @@ ROWS = {
     "discrete": from_generator("discrete tokens", "{checkpoints} --text-flow discrete"),
 }
 LEARNED = from_generator("E learned", "{checkpoints}")
+
+
+def no_worse(a, b, measures, margin=-MARGIN, ours=False):
+    """Checks that variant a is as good as b (by default: but for the margin) in each measure."""
+    for name in measures:
+        says = f"{a.name} has as much {name} as {b.name}"
+        yield Check(says, f"{a.name}: {name}", f"{b.name}: {name}", margin, ours)
+
+
+BOTH = ("read", "read bound", "drawn")
 
 EXPERIMENTS = (
     Experiment(
@@ -139,5 +181,100 @@ EXPERIMENTS = (
             curve("text steps of 64 clips", "bound by step"),
             curve("text steps of 64 clips", "largest cosine"),
         ),
+    ),
+    Experiment(
+        name="recall",
+        claim=(
+            "Knowledge Recall is an efficient warm-up (section 3.3): recall and refine do better "
+            "than refine alone for as many steps, above all with few captioned clips."
+        ),
+        refuted_if="Refine alone reads as well.",
+        variants=(*(TEXT["generator", n] for n in CAPTIONED), *REFINE_ALONE.values()),
+        measures=(reading, drawing),
+        checks=tuple(
+            check
+            for n, alone in REFINE_ALONE.items()
+            for check in no_worse(TEXT["generator", n], alone, BOTH, MARGIN)
+        ),
+        panels=(bars(*BOTH),),
+    ),
+    Experiment(
+        name="experts",
+        claim=(
+            "Attention carries what the modalities share, the FFNs what each needs alone (section "
+            "3.2). So a text expert of its own beats a shared FFN; one that is light and new is "
+            "enough."
+        ),
+        refuted_if="A shared FFN reads and draws as well, or a light or a new expert does worse.",
+        variants=(ALL_NEW, *EXPERTS.values()),
+        measures=(reading, drawing),
+        checks=(
+            *no_worse(ALL_NEW, EXPERTS["a shared one"], BOTH, MARGIN),
+            *no_worse(EXPERTS["a light new one"], ALL_NEW, BOTH),
+            *no_worse(ALL_NEW, EXPERTS["a full copy"], BOTH),
+        ),
+        panels=(bars(*BOTH),),
+    ),
+    Experiment(
+        name="clocks",
+        claim=(
+            "Independent clocks teach dependencies across all combinations of noise levels "
+            "(section 3.1, eq. 9). So all three modes are better than with one clock for both."
+        ),
+        refuted_if="One clock reads, draws or does both as well.",
+        variants=tuple(CLOCKS.values()),
+        measures=(reading, drawing, agreement),
+        checks=(
+            *no_worse(CLOCKS["independent"], CLOCKS["one"], (*BOTH, "agreed"), MARGIN),
+            *no_worse(CLOCKS["mixture"], CLOCKS["independent"], (*BOTH, "agreed"), ours=True),
+        ),
+        panels=(bars(*BOTH, "agreed", "agreed bound"),),
+    ),
+    Experiment(
+        name="text_flow",
+        claim=(
+            "Text flows by its velocity (section 3.1, eq. 8), in few steps. We ask whether the "
+            "velocity, with a cross-entropy of weight 1, does as well as predicting the data point."
+        ),
+        refuted_if="The data point is better, or many steps are needed.",
+        variants=(ALL_NEW, VELOCITY),
+        measures=(reading, drawing, by_sampler_steps),
+        checks=(
+            *no_worse(VELOCITY, ALL_NEW, BOTH),
+            *(
+                Check(
+                    f"{name} in 4 steps as well as in 32",
+                    f"{ALL_NEW.name}: {name} in @ 4",
+                    f"{ALL_NEW.name}: {name} in @ 32",
+                    -MARGIN,
+                )
+                for name in ("read", "bound", "drawn")
+            ),
+        ),
+        panels=(
+            curve("steps of the sampler", "read in", log=True),
+            curve("steps of the sampler", "bound in", log=True),
+            curve("steps of the sampler", "drawn in", log=True),
+        ),
+    ),
+    Experiment(
+        name="coevolution",
+        claim=(
+            "Drawn together, the streams sharpen each other into a coherent pair (section 3.3, eq. "
+            "18). So caption and video agree more than where the streams do not see each other, "
+            "and bind alike."
+        ),
+        refuted_if="Apart they agree as well.",
+        variants=(ALL_NEW,),
+        measures=(together_and_apart,),
+        checks=tuple(
+            Check(
+                f"together they {name} more than apart",
+                f"{ALL_NEW.name}: together {name}",
+                f"{ALL_NEW.name}: apart {name}",
+            )
+            for name in ("agree", "bind")
+        ),
+        panels=(bars("together agree", "apart agree", "together bind", "apart bind"),),
     ),
 )

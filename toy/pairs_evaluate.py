@@ -100,7 +100,7 @@ def score(found, wanted, names, roll=0):
     """Shares that are right: name -> number. found, wanted: Told. names: the attributes of a level.
     roll: clips apart, for chance."""
     of = wanted.attributes.roll(roll, 0)
-    right = (matched(found.attributes, of) == of).double()  # (n, 2, 6)
+    right = ((matched(found.attributes, of) == of) & (of >= 0)).double()  # (n, 2, 6)
     columns = [list(ATTRIBUTES).index(name) for name in names]
     both, bound = right[..., columns], right[..., BOUND].prod(2)
     each = {name: round(right[..., k].mean().item(), 4) for name, k in zip(names, columns)}

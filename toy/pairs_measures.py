@@ -10,6 +10,7 @@ from train import STAGES
 from univigu import generate, joint, understand
 
 from . import pairs
+from .measures import Apart
 from .pairs_evaluate import names_of, said, score, shown, truth
 
 STEPS = (1, 2, 4, 8, 16, 32)  # of each sampler
@@ -88,13 +89,28 @@ def drawing(run, stage=None):
 
 
 def agreement(run):
-    """Captions against videos of joint sampling, from prompts: together on the model's own line."""
+    """Captions against videos of joint sampling, from prompts, on the model's own line."""
+    return compare(run, *both(run), "agreed")
+
+
+def both(run, model=None, **sampling):
+    """joint() from prompts: what its captions say, and what its videos show."""
     batch, _ = show(run)
-    options = run.world.sampling["joint"] | {"generator": run.generator()}
-    z_v, y_hat = joint(run.model, batch["c"], run.world.shape, **options)
+    options = run.world.sampling["joint"] | {"generator": run.generator()} | sampling
+    z_v, y_hat = joint(model or run.model, batch["c"], run.world.shape, **options)
     seen, _ = shown(run.world.codec.decode(z_v), run.world.level)
-    told = said(run.world.tokenizer.decode(y_hat), run.world.level)
-    return compare(run, told, seen, "agreed")
+    return said(run.world.tokenizer.decode(y_hat), run.world.level), seen
+
+
+def together_and_apart(run):
+    """Agreement and binding between caption and video of joint(), where the streams see each other
+    and where each runs beside noise."""
+    numbers = {}
+    for name, model in (("together", run.model), ("apart", Apart(run.model, run.generator()))):
+        found = compare(run, *both(run, model), name)
+        numbers[f"{name} agree"] = found[name]
+        numbers[f"{name} bind"] = found[f"{name} bound"]
+    return numbers
 
 
 def by_sampler_steps(run):
