@@ -36,7 +36,7 @@ def test_a_caption_says_all_of_its_clip_and_is_read_back(level, drawn):
     assert (level >= 5) == any(truth.relation)
     world = World(level=level)
     assert world.tokenizer.decode(world.tokenizer.encode(captions)) == captions
-    assert max(len(text.split()) for text in captions) < pairs.N
+    assert max(len(text.split()) for text in captions) == pairs.TOKENS[level] - 1
 
 
 @pytest.mark.parametrize(

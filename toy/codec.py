@@ -28,15 +28,15 @@ DEVIATION = torch.tensor([
 ])  # fmt: skip
 
 
-def weight(name):
+def weight(name, motion):
     """The background's lightness would hold nine tenths of the energy: it is divided by four.
 
-    Without what changes within a group of frames, speed is seen too late or never: it counts five
-    times.
+    Without what changes within a group of frames, speed is seen too late or never: it counts
+    `motion` times.
     """
     if name == "L":
         return 0.25
-    return 5.0 if "t" in name else 1.0
+    return motion if "t" in name else 1.0
 
 
 # z_v = projection * weight / unit, of an overall RMS of 1.09. Every hue and shade has its opposite,
@@ -78,17 +78,18 @@ class Codec:
     """frames (B, 3, 1 + 4n, 6H, 6W) in [-1, 1] <-> z_v (B, C, 1 + n, H, W), where the input is.
 
     first, group: names of the vectors of a first frame and of a group; deviation: what the former
-    have in training clips.
+    have in training clips; motion: the weight of what changes within a group.
     """
 
     channels = len(GROUP)
 
-    def __init__(self, first=FIRST, group=GROUP, deviation=DEVIATION):
+    def __init__(self, first=FIRST, group=GROUP, deviation=DEVIATION, motion=5.0):
         flat = "c rgb t y x -> c (rgb t y x)"
         self.channels = len(group)
         self.first = rearrange(basis(first, 1), flat) * STRIDE_T**0.5  # (C, 108)
         self.group = rearrange(basis(group, STRIDE_T), flat)  # (C, 432)
-        self.weight = torch.tensor([[weight(name) for name in names] for names in (first, group)])
+        weights = [[weight(name, motion) for name in names] for names in (first, group)]
+        self.weight = torch.tensor(weights)
         # One unit for all channels keeps fine ones weak: a flow settles them last.
         self.unit = (deviation * self.weight[0]).square().mean().sqrt()
 

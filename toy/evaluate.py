@@ -323,7 +323,7 @@ def asked(found):
 
 
 def contact_sheet(found, clips=4, zoom=3):
-    """Some clips, a mode under the other: every other frame, and what was asked or said."""
+    """Some clips, a mode under the other, and what was asked or said."""
     rows = []
     for i in range(min(clips, len(found.captions))):
         text = f"the model: {found.captions[i]}\nthe truth: {found.wanted[i]}"
@@ -334,18 +334,23 @@ def contact_sheet(found, clips=4, zoom=3):
         text = f"asked: {found.prompts[i]}\nwritten: {found.joint_captions[i]}"
         rows.append(("joint", found.joint_frames[i], text))
 
-    side, left, gap = shapes.H * zoom, 70, 4
+    return sheet(rows, zoom)
+
+
+def sheet(rows, zoom=3):
+    """A picture of (mode, frames, text) a row: every other frame, and beside it the text."""
+    side, left, gap = rows[0][1].shape[-1] * zoom, 70, 4
     right = left + 5 * (side + gap)
-    sheet = Image.new("RGB", (right + 520, len(rows) * (side + 6) + 6), "white")
-    draw = ImageDraw.Draw(sheet)
+    picture = Image.new("RGB", (right + 520, len(rows) * (side + 6) + 6), "white")
+    draw = ImageDraw.Draw(picture)
     for row, (mode, frames, text) in enumerate(rows):
         top = 6 + row * (side + 6)
         draw.text((4, top + side // 2 - 6), mode, fill="black")
         for j, pixels in enumerate(to_pixels(frames[:, ::2])):
             enlarged = pixels.repeat(zoom, 0).repeat(zoom, 1)
-            sheet.paste(Image.fromarray(enlarged), (left + j * (side + gap), top))
+            picture.paste(Image.fromarray(enlarged), (left + j * (side + gap), top))
         draw.text((right + 10, top + side // 2 - 16), text, fill="black")
-    return sheet
+    return picture
 
 
 def write_pictures(found, out):

@@ -233,7 +233,7 @@ def backgrounds(clips):
 
 # ---------------------------------------------------------------- words
 
-N = 32  # tokens of a text
+TOKENS = {1: 12, 2: 12, 3: 16, 4: 16, 5: 26, 6: 28}  # N, tokens of a text, at a level
 BRIEF = "a {colour} {shape} and something moving {direction}"
 
 

@@ -18,6 +18,7 @@ from engine.world import Evaluation, in_turn
 from univigu import generate, joint, understand, uni_flow_loss
 
 from . import pairs, pairs_oracle
+from .evaluate import sheet
 from .pairs import ATTRIBUTES
 
 BATCH = 128
@@ -96,11 +97,15 @@ def matched(found, wanted):
     return torch.where(same.any(2)[..., None], found[rows, which], -1)
 
 
+def right_in(found, wanted):
+    """Where found, matched by colour, says what is wanted: (n, 2, 6). Who is not sure is wrong."""
+    return (matched(found.attributes, wanted) == wanted) & (wanted >= 0)
+
+
 def score(found, wanted, names, roll=0):
     """Shares that are right: name -> number. found, wanted: Told. names: the attributes of a level.
     roll: clips apart, for chance."""
-    of = wanted.attributes.roll(roll, 0)
-    right = ((matched(found.attributes, of) == of) & (of >= 0)).double()  # (n, 2, 6)
+    right = right_in(found, wanted.attributes.roll(roll, 0)).double()  # (n, 2, 6)
     columns = [list(ATTRIBUTES).index(name) for name in names]
     both, bound = right[..., columns], right[..., BOUND].prod(2)
     each = {name: round(right[..., k].mean().item(), 4) for name, k in zip(names, columns)}
@@ -172,24 +177,32 @@ def held_out_losses(model, world, split, clips, has_text):
     return losses, mean_by_tenth(tenths)
 
 
-def measure(found, clips, level):
-    """What is right in what a model made of clips: mode -> measure -> number, and chance alike."""
-    names = names_of(level)
-    wanted, results, chance = truth(clips), {}, {}
+def compare(found, clips, level):
+    """What each mode's answers are compared with: mode -> (answers, wanted), as Told; and all the
+    relations that hold in what was drawn."""
+    wanted = truth(clips)
     drawn, holds = shown(found["drawn"], level)
-    compared = {"generation": (drawn, wanted, holds)}
+    compared = {"generation": (drawn, wanted)}
     if "read" in found:
-        compared["understanding"] = said(found["read"], level), wanted, None
-        compared["understanding_with_prompt"] = said(found["prompted"], level), wanted, None
+        compared["understanding"] = said(found["read"], level), wanted
+        compared["understanding_with_prompt"] = said(found["prompted"], level), wanted
         seen, _ = shown(found["joint"], level)
-        compared["joint_agreement"] = said(found["joint_said"], level), seen, None
-    for mode, (a, b, holds) in compared.items():
+        compared["joint_agreement"] = said(found["joint_said"], level), seen
+    return compared, holds
+
+
+def measure(compared, holds, level):
+    """What is right in what a model made of clips: mode -> measure -> number, and chance alike."""
+    names, results, chance = names_of(level), {}, {}
+    for mode, (a, b) in compared.items():
         results[mode], chance[mode] = score(a, b, names), score(a, b, names, roll=1)
-        if holds is not None:
+        if level < 5 or mode == "joint_agreement":
+            continue
+        if mode == "generation":
             told = [(r, h) for r, h in zip(b.relation, holds) if r]
             share = sum(r in h for r, h in told) / len(told) if told else None
             results[mode]["relation"] = share and round(share, 4)
-        elif mode != "joint_agreement":
+        else:
             results[mode]["relation"] = relation_accuracy(a, b)
             chance[mode]["relation"] = relation_accuracy(a, b, roll=1)
     return results, chance
@@ -212,7 +225,8 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
     for split, suffix in SPLITS:
         found, (losses, tenths), *done = done
         truths = world.dataset(split).clips(range(clips))
-        measured, chance = measure(found, truths, world.level)
+        compared, holds = compare(found, truths, world.level)
+        measured, chance = measure(compared, holds, world.level)
         for mode, of in measured.items():
             results.setdefault(mode, {}).update({k + suffix: v for k, v in of.items()})
             into = results["chance"].setdefault(mode, {})
@@ -220,9 +234,8 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
         results["loss"][split] = losses
         if split == "seen":
             results["video_by_tenth"] = tenths
-            captions = pairs.detailed(truths, world.level)
-            results["pictures"] = write_pictures(found, captions, out)
-            gallery = entries(found, captions)
+            gallery = chosen(found, compared, truths, world.level)
+            results["pictures"] = write_pictures(gallery, out)
     results["train_s"] = round(elapsed, 1)
     results["wall_s"] = round(elapsed + time.time() - begin, 1)
     write_json(out / "results.json", results)
@@ -243,32 +256,48 @@ def table(results):
     return "\n".join(lines)
 
 
-def entries(found, captions, count=4):
-    """The first clips of each mode, for the report."""
-    shown = []
-    for i in range(min(count, len(captions))):
-        if "read" in found:
-            lines = [("wanted", captions[i]), ("the model wrote", found["read"][i])]
-            right = found["read"][i] == captions[i]
-            frames = found["frames"][i]
-            shown.append({"mode": "understand", "right": right, "frames": frames, "lines": lines})
-    for i in range(min(count, len(captions))):
-        lines = [("asked", captions[i])]
-        frames = found["drawn"][i]
-        shown.append({"mode": "generate", "right": None, "frames": frames, "lines": lines})
-    for i in range(min(count, len(found.get("joint", ())))):
-        lines = [("the model wrote", found["joint_said"][i])]
-        shown.append({"mode": "joint", "right": None, "frames": found["joint"][i], "lines": lines})
-    return shown
+def chosen(found, compared, clips, level, most=2):
+    """The first clips that each mode got right, then the first that it got wrong, `most` of each,
+    in the form of pages.write_report."""
+    captions, prompts = pairs.detailed(clips, level), pairs.brief(clips)
+    asked = captions if "read" in found else prompts
+    modes = {
+        "understand": ("understanding", "frames", ("the truth", captions), "read"),
+        "generate": ("generation", "drawn", ("asked", asked), None),
+        "joint": ("joint_agreement", "joint", ("asked", prompts), "joint_said"),
+    }
+    names, cases = names_of(level), []
+    columns = [list(ATTRIBUTES).index(name) for name in names]
+    for mode, (measured, videos, (what, texts), written) in modes.items():
+        if measured not in compared:
+            continue
+        answers, wanted = compared[measured]
+        good = right_in(answers, wanted.attributes)[..., columns]  # (n, 2, names)
+        for right in (True, False):
+            for i in (good.all(2).all(1) == right).nonzero().flatten().tolist()[:most]:
+                lines = [(what, texts[i])]
+                lines += [("the model wrote", found[written][i])] if written else []
+                if not right:
+                    bad = [name for name, of in zip(names, good[i].all(0).tolist()) if not of]
+                    lines.append(("wrong", ", ".join(bad)))
+                frames = found[videos][i]
+                cases.append({"mode": mode, "right": right, "frames": frames, "lines": lines})
+    return cases
 
 
-def write_pictures(found, captions, out):
-    """A GIF of each mode. Returns GIF -> the text that belongs to it."""
-    pictures = {"generate.gif": (found["drawn"], captions)}
-    if "read" in found:
-        pictures["understand.gif"] = found["frames"], found["read"]
-        pictures["joint.gif"] = found["joint"], found["joint_said"]
-    for name, (videos, _) in pictures.items():
-        with atomic(out / name) as part:
-            write_gif(part, to_pixels(videos[0]), fps=8, zoom=8, hold_ms=800)
-    return {name: texts[0] for name, (_, texts) in pictures.items()}
+def write_pictures(cases, out):
+    """Writes samples.png and a GIF of each mode, its first case. Returns GIF -> its texts."""
+    rows = []
+    for case in cases:
+        text = "\n".join(f"{name}: {said}" for name, said in case["lines"])
+        rows.append((case["mode"], case["frames"], text))
+    with atomic(out / "samples.png") as part:
+        sheet(rows).save(part)
+    pictures = {}
+    for case in cases:
+        name = f"{case['mode']}.gif"
+        if name not in pictures:
+            pictures[name] = dict(case["lines"]) | {"right": case["right"]}
+            with atomic(out / name) as part:
+                write_gif(part, to_pixels(case["frames"]), fps=8, zoom=6, hold_ms=800)
+    return pictures

@@ -19,25 +19,35 @@ DEVIATION = torch.tensor([
 ])  # fmt: skip
 
 
+# How each mode samples unless told otherwise.
+SAMPLING = {
+    "understand": {"steps": 2, "guidance": 1.0, "reuse_video": True},
+    "generate": {"steps": 16, "guidance": 2.0, "shift": 2.0},
+    "joint": {"steps": 16, "guidance": 3.0, "shift": 3.0},
+}
+
+
 class World(toy.World):
     """An engine.world.World of two shapes, at a level."""
 
+    sampling = SAMPLING
+
     def __init__(self, seed=0, level=1):
         self.seed, self.level = seed, level
-        self.codec = Codec(FIRST, GROUP, DEVIATION)
-        self.tokenizer = words.Tokenizer(pairs.vocabulary(), pairs.N)
+        self.codec = Codec(FIRST, GROUP, DEVIATION, motion=2.5)
+        self.tokenizer = words.Tokenizer(pairs.vocabulary(), pairs.TOKENS[level])
         self.prompt_encoder = words.PromptEncoder(self.tokenizer)
         self.shape = self.codec.latent_shape(pairs.T, pairs.H, pairs.W)
         self.frame_shape = (3, pairs.T, pairs.H, pairs.W)
         self.frame_sizes = [(pairs.H, pairs.W)]
-        self.text_len = pairs.N
+        self.text_len = pairs.TOKENS[level]
 
     @property
     def sizes(self):
         return {
             "vocab_size": len(self.tokenizer),
-            "text_len": pairs.N,
-            "prompt_len": pairs.N,
+            "text_len": self.text_len,
+            "prompt_len": self.text_len,
         }
 
     @property
