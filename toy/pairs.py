@@ -68,7 +68,7 @@ class Clips:
 
 # ---------------------------------------------------------------- drawing lots
 
-TRIES = 64  # candidates that are drawn at once; the first that fits is taken
+TRIES = 16  # candidates that are drawn at once; the first that fits is taken
 
 
 def sample(indices, split, seed=0, level=1):
@@ -101,11 +101,10 @@ def sample_one(rng, pair, level):
     while True:
         drawn, start = candidates(rng, pair, level)
         centres, radius = paths(drawn, start), RADIUS.numpy()[drawn[..., 0]]
-        fits = inside(centres, radius)
         gap, hidden = meeting(centres, radius)
         most, whole = hidden.max(-1), (gap > 0).sum(-1)
-        fits &= (most > 0.3) & (most < 0.7) & (whole >= 3) if meets else gap.min(-1) > GAP
-        if level == 1:  # the left one comes first
+        fits = (most > 0.3) & (most < 0.7) & (whole >= 3) if meets else gap.min(-1) > GAP
+        if level == 1:
             fits &= start[:, 1, 0] - start[:, 0, 0] > APART
         if fits.any():
             i = fits.argmax()
@@ -121,7 +120,8 @@ def sample_one(rng, pair, level):
 
 
 def candidates(rng, pair, level):
-    """TRIES ways to place a pair: attributes (n, 2, 6), starts (n, 2, 2) in pixels."""
+    """TRIES ways to place a pair in the picture: attributes (n, 2, 6), starts (n, 2, 2) in pixels.
+    At level 1 the left one comes first."""
     n = TRIES
     order = rng.random(n) < 0.5
     kinds = np.array([[FIRST["colour"].index(c), FIRST["shape"].index(s)] for c, s in pair])
@@ -138,7 +138,13 @@ def candidates(rng, pair, level):
         sideways = np.where(direction < 2, 3 + event % 2, 1 + event % 2)
         event = np.where(turns, sideways, event)
     attributes = np.stack([size, *kinds.transpose(2, 0, 1), speed, direction, event], -1)
-    start = rng.uniform(0, 1, (n, 2, 2)) * np.array([W, H])
+    edge = RADIUS.numpy()[size][..., None]  # (n, 2, 1)
+    moved = paths(attributes, np.zeros((n, 2, 2)))  # (n, 2, T, 2)
+    low, high = edge - moved.min(2), np.array([W, H]) - edge - moved.max(2)
+    start = low + (high - low) * rng.random((n, 2, 2))
+    if level == 1:
+        swap = (start[:, 0, 0] > start[:, 1, 0])[:, None, None]
+        attributes, start = (np.where(swap, x[:, ::-1], x) for x in (attributes, start))
     return attributes, start
 
 
@@ -153,13 +159,6 @@ def paths(attributes, start):
     t = np.arange(T)[:, None]
     before, after = np.minimum(t, HALF), np.maximum(t - HALF, 0)
     return start[..., None, :] + before * first[..., None, :] + after * second[..., None, :]
-
-
-def inside(centres, radius):
-    """Whether both shapes stay in the picture: (n, 2, T, 2), (n, 2) -> (n,)."""
-    edge = radius[..., None, None]
-    good = (centres > edge) & (centres < np.array([W, H]) - edge)
-    return good.all((1, 2, 3))
 
 
 def meeting(centres, radius):
