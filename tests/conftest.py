@@ -1,4 +1,5 @@
 import faulthandler
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,3 +48,49 @@ def one_codec():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "Codec", lambda: codec)
         yield
+
+
+# ---------------------------------------------------------------- pages, in a real browser
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    if not BROWSER:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox"]
+        )  # CI's root cannot have chromium's sandbox
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def view(browser):
+    """Opens a page of file://. At the end asserts that it asked for nothing else, and said nothing
+    on the console.
+    """
+    contexts, asked, said = [], [], []
+
+    def open_page(path, **options):
+        contexts.append(browser.new_context(offline=True, **options))
+        page = contexts[-1].new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(Path(path).resolve().as_uri())
+        return page
+
+    yield open_page
+    assert [url.split(":")[0] for url in asked if not url.startswith("data:")] == ["file"] * len(
+        contexts
+    ) and said == []
+    for context in contexts:
+        context.close()

@@ -527,7 +527,7 @@ def test_flags_in_the_text_are_flags_of_a_program(help_of):
         (name, None)
         for name in (
             *("train.py", "wan.bench", "wan.prepare", "wan.caption", "wan.smoke"),
-            *("toy.experiments", "toy.judge"),
+            *("toy.experiments", "toy.judge", "toy.square"),
         )
     ]
     known = {flag for program in programs for flag in re.findall(r"--[\w-]+", help_of(*program))}
