@@ -92,6 +92,9 @@ REAL: dict = PAPER | dict(
     workers=2,
 )
 
+# And in the second toy, whose clips have more tokens and take longer to learn; by recipe.
+PAIRS: dict = dict(batch=32, generator_steps=4000, recall_steps=200, refine_steps=5000)
+PAIRS_PAPER = PAIRS | dict(recall_steps=2080, refine_steps=3120)  # 40% of the text steps in recall
 TOYS = {"toy", "pairs"}
 
 steps = partial(option, low=1, high=10**9)
@@ -477,7 +480,8 @@ def make_worlds(train, make_world):
 def parse(argv=None, make_world=make_world):
     """Flags -> (Train, Run, Config, namespace of the flags), or the end of the program."""
     parser = run_parser("train.py", __doc__)
-    notes = {name: f"; real data: {value}" for name, value in REAL.items()}
+    notes = {name: f"; pairs: {value}" for name, value in PAIRS.items()}
+    notes |= {k: notes.get(k, "") + f"; real data: {value}" for k, value in REAL.items()}
     add_flags(parser, "training", Train, notes=notes)
     add_flags(parser, "machine and run", Run, notes=notes)
     add_flags(parser, "model (defaults: the preset's)", Config, defaults=False)
@@ -518,11 +522,15 @@ def make_options(values):
 
 def chosen(given, make_world):
     """The values of a new run. Later ones win: the preset, or the config of --init where that is a
-    Wan or the data are real; the data's sizes; the recipe; real data's defaults; the flags."""
+    Wan or the data are real; the data's sizes; the recipe; the data's defaults; the flags."""
     asked = pick(Train, given)
     validate(asked)
-    real = any(asked.data_of(stage) not in TOYS for stage in asked.names())
-    recipe = RECIPES[asked.recipe] | (REAL if real else {})
+    data = {asked.data_of(stage) for stage in asked.names()}
+    real, recipe = not data <= TOYS, RECIPES[asked.recipe]
+    if real:
+        recipe = recipe | REAL
+    elif "pairs" in data:
+        recipe = recipe | (PAIRS_PAPER if asked.recipe == "paper" else PAIRS)
     *_, world = make_worlds(pick(Train, recipe | given), make_world).values()
     sizes = world.sizes
     model = asdict(PRESETS[asked.preset])

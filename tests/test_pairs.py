@@ -141,6 +141,15 @@ def test_shapes_are_matched_by_colour():
     assert of["attribute_accuracy_each"]["shape"] == 0
 
 
+def test_its_recipes_take_longer_and_the_papers_recalls_in_two_steps_of_five():
+    for recipe, recall in (("default", 200), ("paper", 2080)):
+        options, *_ = train.parse(["--data", "pairs", "--recipe", recipe])
+        found = options.batch, options.generator_steps, options.recall_steps, options.refine_steps
+        assert found == (32, 4000, recall, 5200 - recall)
+    options, *_ = train.parse(["--data", "pairs", "--batch", "8"])
+    assert options.batch == 8
+
+
 @pytest.mark.slow
 def test_a_run_learns_measures_and_is_resumed(tmp_path, capsys):
     flags = "--data pairs --level 3 --generator-steps 2 --recall-steps 2 --refine-steps 2 --batch 8"

@@ -17,7 +17,7 @@ from .pairs_measures import (
     reading_by_step,
     together_and_apart,
 )
-from .runs import WHOLE, Budget, Variant
+from .runs import Budget, Variant
 from .variants import (
     FrozenE,
     OrthogonalE,
@@ -31,7 +31,8 @@ from .variants import (
 
 LEVEL = 3
 FLAGS = f"--data pairs --level {LEVEL}"
-FULL = Budget(generator=600, recall=100, refine=700, clips=256, default=WHOLE, flags=FLAGS)
+WHOLE = tuple(train.PAIRS[f"{stage}_steps"] for stage in train.STAGES)
+FULL = Budget(generator=1200, recall=200, refine=1800, clips=256, default=WHOLE, flags=FLAGS)
 QUICK = Budget(generator=60, recall=10, refine=70, clips=32, default=(60, 10, 140), flags=FLAGS)
 
 GENERATOR = Variant("generator", "--stages generator")
@@ -47,7 +48,7 @@ STARTS = {
     "wrong prompts": Variant("generator, wrong prompts", "--stages generator", loss=wrong_prompts),
     "scratch": None,
 }
-EVER_NEW = train.Train.batch * (FULL.recall + FULL.refine)  # clips, where none is shown twice
+EVER_NEW = train.PAIRS["batch"] * (FULL.recall + FULL.refine)  # clips, where none is shown twice
 CAPTIONED: dict[int, Callable] = {
     64: partial(few_clips, 64),
     1024: partial(few_clips, 1024),
@@ -177,9 +178,9 @@ EXPERIMENTS = (
             ),
         ),
         panels=(
-            curve("text steps of 64 clips", "read by step"),
-            curve("text steps of 64 clips", "bound by step"),
-            curve("text steps of 64 clips", "largest cosine"),
+            curve("text steps of 32 clips", "read by step"),
+            curve("text steps of 32 clips", "bound by step"),
+            curve("text steps of 32 clips", "largest cosine"),
         ),
     ),
     Experiment(
