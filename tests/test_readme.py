@@ -125,6 +125,24 @@ def seeds():
     return markdown(["", "seed 0", "seed 1", "seed 2", *paper, "chance"], rows)
 
 
+def levels():
+    """What one run at a level of the second world came to, with chance."""
+    rows = []
+    for level in (1, 2):
+        of = stored(f"toy/results/pairs/level{level}")
+        chance = of["chance"]["understanding"]["attribute_accuracy"]
+        numbers = [
+            of["understanding"]["attribute_accuracy"],
+            chance,
+            of["understanding"]["binding"],
+            of["understanding"]["binding_unseen"],
+            of["generation"]["attribute_accuracy"],
+        ]
+        rows.append([level, f"`{of['command']}`", *(f"{number:.3f}" for number in numbers)])
+    head = ["level", "command", "reads", "chance", "binds", "binds, unseen pairs", "draws"]
+    return markdown(head, rows)
+
+
 # ---------------------------------------------------------------- the paper's claims
 
 CLAIMS = {
@@ -424,7 +442,7 @@ def forward():
 
 TABLES = {
     README: [pictures, results, forward],
-    TOY: [speed, neighbour],
+    TOY: [levels, speed, neighbour],
     RESULTS: [seeds, verdicts, claims, trainings, widths, choices, reading],
     WAN: [settings, h100, steps, reuse],
 }

@@ -29,7 +29,7 @@ from .variants import (
     wrong_prompts,
 )
 
-LEVEL = 3
+LEVEL = 1
 FLAGS = f"--data pairs --level {LEVEL}"
 WHOLE = tuple(train.PAIRS[f"{stage}_steps"] for stage in train.STAGES)
 FULL = Budget(generator=1200, recall=200, refine=1800, clips=256, default=WHOLE, flags=FLAGS)
