@@ -37,7 +37,6 @@ QUICK = Budget(generator=60, recall=10, refine=70, clips=32, default=(60, 10, 14
 
 GENERATOR = Variant("generator", "--stages generator")
 from_generator = partial(Variant, start=GENERATOR)
-BASE = from_generator("base")
 
 # ---------------------------------------------------------------- does a generator help?
 

@@ -11,18 +11,15 @@ from pathlib import Path
 
 import torch
 
-from engine.drift import losses_by_tenth, mean_by_tenth
 from engine.files import atomic, write_json
 from engine.video import to_pixels, write_gif
 from engine.world import Evaluation, in_turn
-from univigu import generate, joint, understand, uni_flow_loss
+from univigu import generate, joint, understand
 
 from . import pairs, pairs_oracle
-from .evaluate import sheet
+from .evaluate import BATCH, SPLITS, drift, held_out_losses, on_model, sheet
 from .pairs import ATTRIBUTES
 
-BATCH = 128
-SPLITS = (("seen", ""), ("unseen", "_unseen"))  # and what ends the names of its measures
 COLOUR = list(ATTRIBUTES).index("colour")
 BOUND = [list(ATTRIBUTES).index(name) for name in ("colour", "shape", "direction")]
 
@@ -140,9 +137,7 @@ def sample_split(model, world, split, clips, has_text):
 
 
 def sample_batch(model, world, split, indices, has_text):
-    device = next(model.parameters()).device
-    batch = world.dataset(split).__getitems__(indices)
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = on_model(model, world.dataset(split).__getitems__(indices))
     generator = torch.Generator().manual_seed(world.seed * 1_000_003 + indices[0])
     y, c, options = batch["caption"] if has_text else None, batch["c"], world.sampling
 
@@ -158,23 +153,6 @@ def sample_batch(model, world, split, indices, has_text):
         z_v, y_hat = joint(model, c, world.shape, generator=generator, **options["joint"])
         found["joint"], found["joint_said"] = decode(z_v), world.tokenizer.decode(y_hat.cpu())
     return found
-
-
-@torch.no_grad()
-def held_out_losses(model, world, split, clips, has_text):
-    """Mean of every loss over clips of a split, at the same clocks and noise at each call."""
-    device = next(model.parameters()).device
-    batch = world.dataset(split).__getitems__(range(clips))
-    batch = {name: value.to(device) for name, value in batch.items()}
-    losses = {}
-    for target in ("prompt", "caption") if has_text else (None,):
-        generator = torch.Generator().manual_seed(world.seed)
-        y, suffix = (batch[target], f" ({target})") if target else (None, "")
-        _, parts = uni_flow_loss(model, batch["z_v"], y, batch["c"], generator=generator)
-        for name in ("video", "text", "anchor") if target else ("video",):
-            losses[name + suffix] = round(parts[name].mean().item(), 6)
-    tenths = losses_by_tenth(model, batch["z_v"], batch["c"], 0, world.seed)
-    return losses, mean_by_tenth(tenths)
 
 
 def compare(found, clips, level):
@@ -216,14 +194,15 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
         for split, _ in SPLITS
         for job in (sample_split, held_out_losses)
     ]
-    done = share(jobs)
+    jobs.append(partial(drift, model, world, clips))
+    *done, by_tenth = share(jobs)
     if out is None:
         return Evaluation({})
     out, results = Path(out), {"seed": world.seed, "level": world.level, "clips": clips}
     results |= {"chance": {}, "loss": {}}
     gallery = []
     for split, suffix in SPLITS:
-        found, (losses, tenths), *done = done
+        found, losses, *done = done
         truths = world.dataset(split).clips(range(clips))
         compared, holds = compare(found, truths, world.level)
         measured, chance = measure(compared, holds, world.level)
@@ -233,9 +212,9 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
             into.update({k + suffix: v for k, v in chance[mode].items()})
         results["loss"][split] = losses
         if split == "seen":
-            results["video_by_tenth"] = tenths
             gallery = chosen(found, compared, truths, world.level)
             results["pictures"] = write_pictures(gallery, out)
+    results["video_by_tenth"] = by_tenth
     results["train_s"] = round(elapsed, 1)
     results["wall_s"] = round(elapsed + time.time() - begin, 1)
     write_json(out / "results.json", results)
@@ -250,7 +229,9 @@ def table(results):
         if mode not in results["chance"]:
             continue
         for name in ("attribute_accuracy", "shape_right", "binding", "relation", "exact_match"):
-            values = of.get(name), of.get(f"{name}_unseen"), results["chance"][mode].get(name)
+            if name not in of:  # captions tell relations from level 5 on
+                continue
+            values = of[name], of.get(f"{name}_unseen"), results["chance"][mode].get(name)
             told = "".join(f"{'' if v is None else f'{v:.3f}':>9}" for v in values)
             lines.append(f"{mode + '.' + name:40}{told}")
     return "\n".join(lines)
