@@ -34,7 +34,7 @@ class Run:
     )
     workers: int = option(
         0,
-        "processes that prepare batches ahead, for each process that trains",
+        "threads that prepare batches ahead, for each process that trains",
         low=0,
         high=1000,
     )
@@ -205,10 +205,7 @@ def integers(text):
 
 def fail(prog, error):
     """Ends the process with one line, from one process of many."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    # a DataLoader's worker sends its traceback along
-    said = lines[-1].removeprefix(f"{type(error).__name__}: ")
-    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"{prog}: error: {said}")
+    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"{prog}: error: {one_line(error)}")
 
 
 def run_command(main):
