@@ -80,12 +80,22 @@ def check_folder(path, flag="--out"):
         raise ValueError(f"{flag} is {path}, {wanted}: {error.strerror}") from None
 
 
+def check_fetched(path):
+    """Raises ValueError for a file that cannot be read because git-lfs has not fetched it."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: `git lfs pull` fetches it"
+            )
+
+
 def read_json(path, key=None):
     """The object in a JSON file, or that under `key` of it. Raises ValueError, naming the file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         found = found[key] if key else found
     except (ValueError, LookupError, TypeError, RecursionError) as error:
+        check_fetched(path)
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
         ) from None

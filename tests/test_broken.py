@@ -484,7 +484,7 @@ def test_generate_with_bad_prompts_and_flags(flags, words, run, refused, tmp_pat
         ("--out notes", "notes/recall is no checkpoint"),
         ("--out results", "results results.json no checkpoint --overwrite"),
         ("--out=", "out '' wanted"),
-        ("--init file", "file model.safetensors wanted"),
+        ("--init file", "file is a file, wanted a folder"),
         ("--init run/recall/model.safetensors", "run/recall/model.safetensors wanted folder"),
         ("--data empty", "'empty' wanted 'toy' manifest.json"),
         ("--out run", "run holds a run at step 7 --resume --overwrite"),

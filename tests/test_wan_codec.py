@@ -221,22 +221,6 @@ def test_tiles_give_nearly_the_same(copy):
     assert torch.equal(tiled.encode(frames[..., :32, :32]), codec.encode(frames[..., :32, :32]))
 
 
-def test_a_vae_of_other_strides_has_its_own_sizes(copy):
-    shutil.rmtree(copy / "vae")
-    AutoencoderKLWan(
-        base_dim=4,
-        z_dim=6,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * 6,
-        latents_std=[1.0] * 6,
-    ).save_pretrained(copy / "vae")
-    codec = Codec(copy)
-    assert codec.latent_shape(9, 24, 16) == (6, 3, 6, 4)
-    assert codec.encode(clip(1, 3, 9, 24, 16)).shape == (1, 6, 3, 6, 4)
-
-
 def test_autocast_around_it_changes_nothing(codec, encoder):
     frames = clip(1, 3, 5, 16, 16)
     z_v, c = codec.encode(frames), encoder(TEXTS)
@@ -492,6 +476,7 @@ def poison(path):
     )
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 DAMAGE = [
     (Codec, lambda f: shutil.rmtree(f / "vae"), "no folder vae wanted diffusers"),
     (PromptEncoder, lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder"),
@@ -506,13 +491,36 @@ DAMAGE = [
     (Codec, lambda f: drop_tensor(f / VAE), "vae missing keys"),
     (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_mean=[0.0]), "latents_mean wanted 16"),
     (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_std=[0.0] * 16), "latents_std above 0"),
+    *(
+        (Codec, lambda f, other=other: AutoencoderKLWan(**other).save_pretrained(f / "vae"), words)
+        for other, words in (
+            (
+                dict(base_dim=4, temperal_downsample=[False, False, True]),
+                "2 frames of 8 x 8 wanted",
+            ),
+            (
+                dict(base_dim=4, dim_mult=[1, 2, 4], temperal_downsample=[True, True]),
+                "4 x 4 wanted",
+            ),
+            (
+                dict(base_dim=4, patch_size=2, in_channels=12, out_channels=12),
+                "16 x 16 pixels 5B Wan2.2",
+            ),
+            (dict(base_dim=4, z_dim=6, latents_mean=[0] * 6, latents_std=[1] * 6), "6 channels 16"),
+        )
+    ),
     (
         Codec,
-        lambda f: AutoencoderKLWan(
-            base_dim=4, temperal_downsample=[False, False, True]
-        ).save_pretrained(f / "vae"),
-        "temperal_downsample two",
+        lambda f: edit_json(f / VAE_CONFIG, _class_name="AutoencoderKLQwenImage"),
+        "AutoencoderKLQwenImage wanted AutoencoderKLWan",
     ),
+    (
+        PromptEncoder,
+        lambda f: edit_json(f / UMT5_CONFIG, architectures=["T5EncoderModel"]),
+        "T5EncoderModel wanted UMT5EncoderModel",
+    ),
+    (Codec, lambda f: (f / VAE).write_text(POINTER), VAE + " git-lfs pointer"),
+    (Tokenizer, lambda f: (f / WORDS).write_text(POINTER), WORDS + " git-lfs pointer"),
     (PromptEncoder, lambda f: (f / UMT5).unlink(), "text_encoder lacks model.safetensors"),
     (PromptEncoder, lambda f: os.truncate(f / UMT5, 50000), UMT5 + " cannot be read"),
     (PromptEncoder, lambda f: drop_tensor(f / UMT5), "text_encoder missing keys shared.weight"),
