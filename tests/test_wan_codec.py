@@ -221,6 +221,14 @@ def test_tiles_give_nearly_the_same(copy):
     assert torch.equal(tiled.encode(frames[..., :32, :32]), codec.encode(frames[..., :32, :32]))
 
 
+def test_umt5_reads_its_prompt_by_the_one_embedding_that_its_file_has(wan):
+    """As the real one, whose config says that none is tied."""
+    config = json.loads((wan / UMT5_CONFIG).read_text())
+    stored, umt5 = load_file(wan / UMT5), PromptEncoder(wan).umt5
+    assert config["tie_word_embeddings"] is False and "encoder.embed_tokens.weight" not in stored
+    assert torch.equal(umt5.encoder.embed_tokens.weight, stored["shared.weight"])
+
+
 def test_autocast_around_it_changes_nothing(codec, encoder):
     frames = clip(1, 3, 5, 16, 16)
     z_v, c = codec.encode(frames), encoder(TEXTS)
@@ -427,6 +435,7 @@ def test_fingerprints_are_of_config_and_weights_and_nothing_else(wan, copy, tmp_
         transformers_version="4.0",
         torch_dtype="float16",
         dtype="float16",
+        tie_word_embeddings=False,  # which newer ones overrule
     )
     assert len(list((copy / "text_encoder").glob("*.safetensors"))) > 1
     assert codec == Codec(copy).fingerprint and encoder == PromptEncoder(copy).fingerprint

@@ -158,7 +158,9 @@ class PromptEncoder:
         self.device, self.length, self.offload = torch.device(device), length, offload
         self.folder, self.tokenizer = locate(path, "text_encoder"), Tokenizer(path)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", dtype)
+        # umT5's own config says that they are not, and is meant for its decoder
+        tied = {"tie_word_embeddings": True}
+        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", dtype, **tied)
         self.width, rows = self.umt5.config.d_model, self.umt5.config.vocab_size
         if rows < len(self.tokenizer):
             raise ValueError(
