@@ -35,7 +35,7 @@ import wan
 from engine import cost, trajectory
 from engine.checkpoint import SHARDS, needs_prompt
 from engine.distributed import preferred_attention
-from engine.files import check_writable, one_line, read_json, write_text
+from engine.files import alone, check_writable, one_line, read_json, write_text
 from engine.graphs import captured_text_steps
 from engine.options import run_command
 from engine.rows import append_row, read_rows
@@ -251,6 +251,16 @@ def sampler_options(flags, checkpoint, shape):
     elif flags.negative_prompt and options["guidance"] == 1:
         raise ValueError("--negative-prompt has no effect at guidance 1, wanted another --guidance")
     return options
+
+
+def writing_alone(flags):
+    """A context in which nobody else goes on with what is in --out, where many samples go there."""
+    many = getattr(flags, "videos" if flags.mode == "understand" else "prompts")
+    if not many or not flags.out or flags.dry_run:
+        return contextlib.nullcontext()
+    out = Path(flags.out)
+    lock = out.with_name(f".{out.name}.lock") if flags.mode == "understand" else out / ".lock"
+    return alone(lock, out)
 
 
 def to_describe(flags, world):
@@ -473,7 +483,8 @@ def write_page(flags, world, options, snapshots, row):
 def main(argv=None):
     flags = parse(argv, __doc__)
     try:
-        run(flags)
+        with writing_alone(flags):
+            run(flags)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

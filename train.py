@@ -32,7 +32,7 @@ import wan
 from engine import checkpoint, cost, distributed, pages
 from engine.checkpoint import Average, Saver, Start, checkpoints, needs_prompt
 from engine.distributed import all_reduce_max, no_grad_sync
-from engine.files import append_line, read_json
+from engine.files import alone, append_line, read_json
 from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
 from engine.options import Run, add_flags, fail, pick, run_command, run_parser
@@ -616,24 +616,24 @@ def main(
         if flags.dry_run:
             job = job_of(train, config, worlds, make_model)
             return cost.print_training(job, run, train.total_steps())
-        machine, start, last = prepare(train, run, config, flags, worlds, make_model, load_start)
-    except (ValueError, OSError, ImportError) as error:
-        fail("train.py", error)
-    try:
-        with distributed.settings(machine):
-            trainer = Trainer(train, run, worlds, machine, start, loss, last)
+        lock = Path(run.out, f".lock-{os.environ.get('RANK', 0)}")
+        with alone(lock, run.out):
+            parts = prepare(train, run, config, flags, worlds, make_model, load_start)
+            machine, start, last = parts
+            with distributed.settings(machine):
+                trainer = Trainer(train, run, worlds, machine, start, loss, last)
+                if machine.rank == 0:
+                    if not flags.resume:
+                        checkpoint.start_anew(run.out)
+                    checkpoint.note_launch(run.out)
+                trainer.run_stages()
             if machine.rank == 0:
-                if not flags.resume:
-                    checkpoint.start_anew(run.out)
-                checkpoint.note_launch(run.out)
-            trainer.run_stages()
-        if machine.rank == 0:
-            options = trainer.options | asdict(config)
-            pages.write_report(run.out, trainer.shown, options)
+                options = trainer.options | asdict(config)
+                pages.write_report(run.out, trainer.shown, options)
     except Stop as stop:
         if machine.rank == 0:
             print(stop)
-    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+    except (FloatingPointError, ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fail("train.py", error)

@@ -432,7 +432,7 @@ def test_joint_takes_the_empty_prompt_for_none(use, work):
     "checkpoint, words",
     [
         ("nowhere", "nowhere model.safetensors"),
-        ("metrics.jsonl", "metrics.jsonl model.safetensors"),
+        ("metrics.jsonl", "metrics.jsonl is a file, wanted a folder"),
     ],
 )
 def test_a_missing_checkpoint_is_refused(checkpoint, words, refusal, work):

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.files import check_folder, one_line, write_json
+from engine.files import alone, one_line, write_json
 from engine.options import Parser, run_command
 
 from .claims import BASE, EXPERIMENTS, MARGIN, Check, Experiment, from_generator
@@ -169,7 +169,7 @@ def parse(argv):
     seeds = ("0" if flags.quick else "0,1,2") if flags.seeds is None else flags.seeds
     out = flags.out or ("runs/experiments-quick" if flags.quick else "runs/experiments")
     budget = QUICK if flags.quick else FULL
-    return flags.names or known, different_seeds(seeds), budget, writable_folder(out)
+    return flags.names or known, different_seeds(seeds), budget, out
 
 
 def different_seeds(text):
@@ -182,23 +182,17 @@ def different_seeds(text):
     return [int(seed) for seed in seeds]
 
 
-def writable_folder(out):
-    """Makes a folder, if it is not there."""
-    check_folder(out)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def main(argv=None):
     begin, results = time.time(), []
     try:
         names, seeds, budget, out = parse(argv)
-        for experiment in EXPERIMENTS:
-            if experiment.name in names:
-                print(f"\n{experiment.name}: {experiment.claim}")
-                print(f"Refuted if: {experiment.refuted_if}")
-                results.append(perform(experiment, seeds, budget, out))
-                print(table(results[-1:]))
+        with alone(Path(out, ".lock"), out):
+            for experiment in EXPERIMENTS:
+                if experiment.name in names:
+                    print(f"\n{experiment.name}: {experiment.claim}")
+                    print(f"Refuted if: {experiment.refuted_if}")
+                    results.append(perform(experiment, seeds, budget, out))
+                    print(table(results[-1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"toy.experiments: error: {one_line(error)}")
     minutes = (time.time() - begin) / 60

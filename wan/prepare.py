@@ -25,7 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.files import append_line, atomic, check_writable, one_line, read_json, write_json
+from engine.files import (
+    alone,
+    append_line,
+    atomic,
+    check_writable,
+    one_line,
+    read_json,
+    write_json,
+)
 from engine.options import run_command
 from engine.threads import ahead
 from engine.video import FPS, read_clip, to_frames
@@ -456,7 +464,8 @@ def parse(argv):
 
 def main(argv=None):
     flags = parse(argv)
-    with failing_in_one_line("wan.prepare"):
+    lock = Path(flags.out, f".lock-{os.environ.get('RANK', 0)}")
+    with failing_in_one_line("wan.prepare"), alone(lock, flags.out):
         prepare(flags)
 
 
