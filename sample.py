@@ -44,6 +44,7 @@ from engine.video import check_video_out, read_resized, read_video, write_video
 from engine.world import World, checked_sampling
 from univigu import Config, generate, joint, understand
 from wan.flags import WAN
+from wan.index import read_row
 from wan.published import build, config_from, latents_of
 
 # ---------------------------------------------------------------- checkpoints
@@ -287,7 +288,12 @@ def to_describe(flags, world):
         raise ValueError(f"--videos {folder} holds no {', '.join(world.endings)}")
     rows = read_rows(flags.out, "video", "caption") if flags.out else []
     done = {row["video"] for row in rows}
-    return [(i, video) for i, video in enumerate(videos) if video.name not in done]
+    return [(i, video) for i, video in enumerate(videos) if utf8_name(video) not in done]
+
+
+def utf8_name(path):
+    """A file's name as UTF-8, whatever the locale; bytes that are none stay escaped."""
+    return os.fsencode(path.name).decode(errors="surrogateescape")
 
 
 def to_draw(flags, world):
@@ -319,17 +325,35 @@ def to_draw(flags, world):
 
 
 def read_prompts(path):
-    """The lines of a text file that are not empty. Raises ValueError where there is none."""
+    """The lines of a text file that are not empty; of JSON lines, as an index has, the prompts.
+
+    Raises ValueError where there is none.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"--prompts {path} cannot be read as UTF-8 text: {one_line(error)}"
         ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if not text:
         raise ValueError(f"--prompts {path} is empty, wanted a prompt a line")
-    return prompts
+    rows = [line for line in text.split("\n") if line.strip()]
+    if Path(path).suffix.lower() not in (".jsonl", ".json") and not is_object(rows[0]):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return [prompt for row in rows for prompt in read_row(row.encode(), ("prompt",))]
+    except ValueError as error:
+        raise ValueError(
+            f"--prompts {path} has a row that cannot be used, {error}: wanted a prompt a line, or "
+            'JSON lines {"prompt": ...}'
+        ) from None
+
+
+def is_object(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ---------------------------------------------------------------- the three modes
@@ -358,7 +382,7 @@ def describe(flags, checkpoint, size, options, work):
         with captured_text_steps(model):
             y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
         caption = world.tokenizer.decode(y_hat.cpu())[0]
-        row = {"video": video.name, "caption": caption}
+        row = {"video": utf8_name(video), "caption": caption}
         row |= {} if flags.prompt is None else {"prompt": flags.prompt}
         print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out and flags.video:

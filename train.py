@@ -32,7 +32,7 @@ import wan
 from engine import checkpoint, cost, distributed, pages
 from engine.checkpoint import Average, Saver, Start, checkpoints, needs_prompt
 from engine.distributed import all_reduce_max, no_grad_sync
-from engine.files import alone, append_line, read_json
+from engine.files import alone, append_line, read_json, read_lines
 from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
 from engine.options import Run, add_flags, fail, pick, run_command, run_parser
@@ -349,7 +349,7 @@ class Trainer:
             lambda_t=train.lambda_t or None,
             anchor=train.anchor,
         )
-        lines = pages.read_lines(Path(run.out, "validation.jsonl"))
+        lines = read_lines(Path(run.out, "validation.jsonl"))
         validated = (self.step, stage) in ((line["step"], line.get("stage")) for line in lines)
         if run.val_every and self.step == first and not all_reduce_max(machine, validated):
             self.validate(stage)  # what training is to be compared with

@@ -37,9 +37,10 @@ def atomic(path):
 
 
 def write_text(path, text):
-    """A text as a UTF-8 file. Raises OSError, as `atomic` does."""
+    """A text as a UTF-8 file; of a file's name that is not UTF-8, what is not is escaped. Raises
+    OSError, as `atomic` does."""
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
@@ -89,6 +90,13 @@ def locked(file):
         return False
     except OSError:
         return True
+
+
+def read_lines(path):
+    """The objects in a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def remove(path):

@@ -209,10 +209,12 @@ def fail(prog, error):
 
 
 def run_command(main):
-    """Calls a program's main. Ctrl-C ends it without a traceback.
+    """Calls a program's main. What the terminal cannot show is escaped; Ctrl-C ends it without a
+    traceback.
 
     It dies of the signal: a shell goes on with its script after any exit code, even 130.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     try:
         main()
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ def missing_cores(seconds=0.1):
 
 def idle_seconds():
     """Seconds that all cores have been idle or waiting for a disk (Linux)."""
-    with open("/proc/stat") as file:
+    with open("/proc/stat", encoding="utf-8") as file:
         _, _user, _nice, _system, idle, waiting, *_ = file.readline().split()
     return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
 

@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 import wan
-from engine.files import check_folder, read_json, write_json
+from engine.files import check_folder, read_json, read_lines, write_json
 from engine.options import Parser, fail, run_command
-from engine.pages import read_lines
 from engine.video import FPS, read_resized, write_video
 from univigu import interpolate, noise_like, understand
 from wan.index import write_lines
