@@ -395,7 +395,7 @@ class Trainer:
             log.write(line | {"grad_norm": round(norm, 4), "skipped": skipped})
         if saves:
             state = {"step": step, "stage": stage, "elapsed": self.elapsed()}
-            state["skipped"] = self.guard.skipped
+            state |= {"skipped": self.guard.skipped, "data": digests(self.worlds)}
             name = stage if ends else f"step-{step:06d}"
             self.saver.save(name, self.model, state, optimizers, meter, self.average, whole=ends)
         if run.val_every and step % run.val_every == 0:
@@ -571,8 +571,9 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
     world.device = machine.device
     if run.eval_clips or run.val_every:  # what an evaluation needs is better missed now
         _ = world.tokenizer, machine.rank or world.codec
-    for of_stage in worlds.values():
-        of_stage.dataset("train")
+    data = digests(worlds)
+    if last:
+        checkpoint.check_data(last[1], data)
     for place in (Path(run.out, stage) for stage in train.names()):
         if os.path.lexists(place) and not (place / "train.json").is_file():
             raise ValueError(
@@ -589,6 +590,12 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
         freeze(start.model, machine.bf16)
         start.base = {"base": wan.as_base(source)}
     return machine, start, last
+
+
+def digests(worlds):
+    """Stage -> the digest of the clips that it learns from, where they have one."""
+    found = {stage: getattr(w.dataset("train"), "digest", None) for stage, w in worlds.items()}
+    return {stage: digest for stage, digest in found.items() if digest}
 
 
 def job_of(train, config, worlds, make_model):

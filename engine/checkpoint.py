@@ -369,6 +369,18 @@ def check_world(folder, world_state):
         )
 
 
+def check_data(folder, digests):
+    """Raises ValueError where a run would go on with other data. digests: of each stage's."""
+    stored = read_json(folder / "train.json").get("data", {})  # older ones do not say
+    for stage, found in digests.items():
+        if stored.get(stage, found) != found:
+            raise ValueError(
+                f"checkpoint {folder} has seen other data: what stage {stage} learns from changed "
+                f"since, {stored[stage]} to {found}. Wanted the same, to --resume; on new data, "
+                f"begin a run with --init {folder} and another --out"
+            )
+
+
 def restore(folder, model, optimizers, meter, average, machine):
     """The training state of a checkpoint into optimizers, meter and average.
 

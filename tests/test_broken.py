@@ -561,6 +561,17 @@ def test_resume_of_a_broken_run(breaks, words, run, refused, tmp_path):
     )
 
 
+def test_resume_with_other_data_is_refused(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.Shapes, "digest", "now", raising=False)
+    shutil.copytree(run / "step-000006", tmp_path / "run" / "step-000006")
+    seen = change("run/step-000006/train.json", data={"recall": "now", "refine": "before"})
+    words = "step-000006 other data: refine changed since, before to now. --resume --init"
+    refused("train.py", ["--resume", "--out", "run", "--device", "cpu"], words, seen)
+    train.main(["--out", str(tmp_path / "new"), *TINY, "--stages", "generator"])
+    stored = json.loads((tmp_path / "new" / "generator" / "train.json").read_text())
+    assert stored["data"] == {"generator": "now"}
+
+
 def test_resume_mends_a_log_that_was_cut_in_a_line(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("refine"))
     (out / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-9])

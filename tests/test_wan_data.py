@@ -842,6 +842,17 @@ def many(folder, sizes, shard_clips=16, channels=2):
     return folder
 
 
+def test_the_digest_is_of_what_is_in_a_batch(tmp_path):
+    """Not of where the folder is, nor of how its clips are cut into shards."""
+    wanted = Shards(many(tmp_path / "a", [9, 3])).digest
+    assert Shards(many(tmp_path / "b", [9, 3], shard_clips=5)).digest == wanted
+    assert Shards(many(tmp_path / "c", [9, 2])).digest != wanted
+    assert Shards(many(tmp_path / "d", [8, 4])).digest != wanted
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text()) | {"index": "other"}
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert Shards(tmp_path / "a").digest != wanted
+
+
 @pytest.mark.parametrize("size", [1, 4, 7, 50])
 def test_an_epoch_visits_every_clip_once_in_batches_of_one_size(size, tmp_path):
     shards = Shards(many(tmp_path / "many", [40, 13, 3]), seed=3)
