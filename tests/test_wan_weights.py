@@ -831,7 +831,7 @@ def test_prefixes_of_other_programs_are_stripped(folders, tmp_path, kind):
         torch.save({"model": {wrapped(name): x for name, x in stored.items()}}, tmp_path / "m.pth")
         return assert_same_model(tmp_path / "m.pth", folders / "published.pth")
     target, where = copy_of(folders / kind, tmp_path)
-    tensors = load_file(where / FILE)
+    tensors = {name: x.clone() for name, x in load_file(where / FILE).items()}  # not of the file
     for prefix in ("model.", "module.", "diffusion_model.", "model.diffusion_model."):
         save_file({prefix + name: x for name, x in tensors.items()}, where / FILE)
         assert weights.config(target) == weights.config(folders / kind)

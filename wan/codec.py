@@ -64,7 +64,7 @@ class Codec:
             AutoencoderKLWan,
             self.folder,
             "diffusion_pytorch_model",
-            dtype,
+            torch_dtype=dtype,  # of diffusers, 0.40 is the first to call it dtype
             low_cpu_mem_usage=False,
         )
         if tiling:
@@ -159,8 +159,8 @@ class PromptEncoder:
         self.folder, self.tokenizer = locate(path, "text_encoder"), Tokenizer(path)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         # umT5's own config says that they are not, and is meant for its decoder
-        tied = {"tie_word_embeddings": True}
-        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", dtype, **tied)
+        options = {"dtype": dtype, "tie_word_embeddings": True}
+        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", **options)
         self.width, rows = self.umt5.config.d_model, self.umt5.config.vocab_size
         if rows < len(self.tokenizer):
             raise ValueError(
@@ -308,8 +308,8 @@ def locate(path, part):
     return root / part
 
 
-def load_frozen(cls, folder, stem, dtype, **options):
-    """A folder's module of class `cls` in `dtype`, frozen; its tensors, see open_safetensors."""
+def load_frozen(cls, folder, stem, **options):
+    """A folder's module of class `cls`, frozen; its tensors, see open_safetensors."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} lacks config.json")
     said = read_json(folder / "config.json")
@@ -318,7 +318,7 @@ def load_frozen(cls, folder, stem, dtype, **options):
         raise ValueError(f"{folder / 'config.json'} is of {kind}, wanted {cls.__name__}")
     # names the file that is missing or cut, which from_pretrained does not
     tensors = open_safetensors(folder, stem)
-    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
         module, report = cls.from_pretrained(folder, **options)
     except Exception as error:  # configs and shapes of another model fail in many ways

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 import wan
-from engine.files import check_folder, read_json, read_lines, write_json
+from engine.files import atomic, check_folder, read_json, read_lines, write_json
 from engine.options import Parser, fail, run_command
 from engine.video import FPS, read_resized, write_video
 from univigu import interpolate, noise_like, understand
@@ -79,7 +79,8 @@ def normalise(folder, videos):
 
     weights, file = folder / "vae" / VAE, folder / "vae" / "config.json"
     plain = {n: 0 * x if n.endswith("bias") else x for n, x in load_file(weights).items()}
-    save_file(plain, weights, {"format": "pt"})  # random biases would drown what is in a video
+    with atomic(weights) as part:  # random biases would drown what is in a video
+        save_file(plain, part, {"format": "pt"})
     codec = Codec(folder)
     frames = torch.cat([read_resized(video, [(32, 48)], 9) for video in videos])
     mu = codec.encode(frames) * codec.std + codec.mean
