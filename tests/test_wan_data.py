@@ -462,10 +462,10 @@ def test_what_cannot_be_prepared_is_one_line(go, films, tmp_path, capsys):
                 ("--index", "folder", "is a folder, wanted a file"),
                 ("--videos", "none", "is no folder"),
                 ("--videos", "file", "is no folder"),
-                ("--out", "file/in/it", "cannot be written Not a directory"),
+                ("--out", "file/in/it", "wanted a folder that can be written to Not a directory"),
             )
         ),
-        ("wan.prepare", "--out", "file", "cannot be written Not a directory"),
+        ("wan.prepare", "--out", "file", "wanted a folder that can be written to Not a directory"),
         ("wan.caption", "--out", "folder", "is a folder, wanted a file"),
         (
             "wan.caption",
