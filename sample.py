@@ -35,7 +35,7 @@ import wan
 from engine import cost, trajectory
 from engine.checkpoint import SHARDS, needs_prompt
 from engine.distributed import preferred_attention
-from engine.files import check_writable, one_line, read_json, write_text
+from engine.files import alone, check_writable, one_line, read_json, write_text
 from engine.graphs import captured_text_steps
 from engine.options import run_command
 from engine.rows import append_row, read_rows
@@ -44,6 +44,7 @@ from engine.video import check_video_out, read_resized, read_video, write_video
 from engine.world import World, checked_sampling
 from univigu import Config, generate, joint, understand
 from wan.flags import WAN
+from wan.index import read_row
 from wan.published import build, config_from, latents_of
 
 # ---------------------------------------------------------------- checkpoints
@@ -254,6 +255,16 @@ def sampler_options(flags, checkpoint, shape):
     return options
 
 
+def writing_alone(flags):
+    """A context in which nobody else goes on with what is in --out, where many samples go there."""
+    many = getattr(flags, "videos" if flags.mode == "understand" else "prompts")
+    if not many or not flags.out or flags.dry_run:
+        return contextlib.nullcontext()
+    out = Path(flags.out)
+    lock = out.with_name(f".{out.name}.lock") if flags.mode == "understand" else out / ".lock"
+    return alone(lock, out)
+
+
 def to_describe(flags, world):
     """The videos to describe, [(number, path), ...], without those whose caption --out has.
 
@@ -278,7 +289,12 @@ def to_describe(flags, world):
         raise ValueError(f"--videos {folder} holds no {', '.join(world.endings)}")
     rows = read_rows(flags.out, "video", "caption") if flags.out else []
     done = {row["video"] for row in rows}
-    return [(i, video) for i, video in enumerate(videos) if video.name not in done]
+    return [(i, video) for i, video in enumerate(videos) if utf8_name(video) not in done]
+
+
+def utf8_name(path):
+    """A file's name as UTF-8, whatever the locale; bytes that are none stay escaped."""
+    return os.fsencode(path.name).decode(errors="surrogateescape")
 
 
 def to_draw(flags, world):
@@ -310,17 +326,35 @@ def to_draw(flags, world):
 
 
 def read_prompts(path):
-    """The lines of a text file that are not empty. Raises ValueError where there is none."""
+    """The lines of a text file that are not empty; of JSON lines, as an index has, the prompts.
+
+    Raises ValueError where there is none.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"--prompts {path} cannot be read as UTF-8 text: {one_line(error)}"
         ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if not text:
         raise ValueError(f"--prompts {path} is empty, wanted a prompt a line")
-    return prompts
+    rows = [line for line in text.split("\n") if line.strip()]
+    if Path(path).suffix.lower() not in (".jsonl", ".json") and not is_object(rows[0]):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return [prompt for row in rows for prompt in read_row(row.encode(), ("prompt",))]
+    except ValueError as error:
+        raise ValueError(
+            f"--prompts {path} has a row that cannot be used, {error}: wanted a prompt a line, or "
+            'JSON lines {"prompt": ...}'
+        ) from None
+
+
+def is_object(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ---------------------------------------------------------------- the three modes
@@ -349,7 +383,7 @@ def describe(flags, checkpoint, size, options, work):
         with captured_text_steps(model):
             y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
         caption = world.tokenizer.decode(y_hat.cpu())[0]
-        row = {"video": video.name, "caption": caption}
+        row = {"video": utf8_name(video), "caption": caption}
         row |= {} if flags.prompt is None else {"prompt": flags.prompt}
         print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
         if flags.out and flags.video:
@@ -474,7 +508,8 @@ def write_page(flags, world, options, snapshots, row):
 def main(argv=None):
     flags = parse(argv, __doc__)
     try:
-        run(flags)
+        with writing_alone(flags):
+            run(flags)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

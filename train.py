@@ -32,7 +32,7 @@ import wan
 from engine import checkpoint, cost, distributed, pages
 from engine.checkpoint import Average, Saver, Start, checkpoints, needs_prompt
 from engine.distributed import all_reduce_max, no_grad_sync
-from engine.files import append_line, read_json
+from engine.files import alone, append_line, read_json, read_lines
 from engine.metrics import Estimate, Log, Meter, tracker
 from engine.optim import Guard, Muon
 from engine.options import Run, add_flags, fail, pick, run_command, run_parser
@@ -357,7 +357,7 @@ class Trainer:
             lambda_t=train.lambda_t or None,
             anchor=train.anchor,
         )
-        lines = pages.read_lines(Path(run.out, "validation.jsonl"))
+        lines = read_lines(Path(run.out, "validation.jsonl"))
         validated = (self.step, stage) in ((line["step"], line.get("stage")) for line in lines)
         if run.val_every and self.step == first and not all_reduce_max(machine, validated):
             self.validate(stage)  # what training is to be compared with
@@ -403,7 +403,7 @@ class Trainer:
             log.write(line | {"grad_norm": round(norm, 4), "skipped": skipped})
         if saves:
             state = {"step": step, "stage": stage, "elapsed": self.elapsed()}
-            state["skipped"] = self.guard.skipped
+            state |= {"skipped": self.guard.skipped, "data": digests(self.worlds)}
             name = stage if ends else f"step-{step:06d}"
             self.saver.save(name, self.model, state, optimizers, meter, self.average, whole=ends)
         if run.val_every and step % run.val_every == 0:
@@ -589,8 +589,9 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
     world.device = machine.device
     if run.eval_clips or run.val_every:  # what an evaluation needs is better missed now
         _ = world.tokenizer, machine.rank or world.codec
-    for of_stage in worlds.values():
-        of_stage.dataset("train")
+    data = digests(worlds)
+    if last:
+        checkpoint.check_data(last[1], data)
     for place in (Path(run.out, stage) for stage in train.names()):
         if os.path.lexists(place) and not (place / "train.json").is_file():
             raise ValueError(
@@ -607,6 +608,12 @@ def prepare(train, run, config, flags, worlds, make_model, load_start):
         freeze(start.model, machine.bf16)
         start.base = {"base": wan.as_base(source)}
     return machine, start, last
+
+
+def digests(worlds):
+    """Stage -> the digest of the clips that it learns from, where they have one."""
+    found = {stage: getattr(w.dataset("train"), "digest", None) for stage, w in worlds.items()}
+    return {stage: digest for stage, digest in found.items() if digest}
 
 
 def job_of(train, config, worlds, make_model):
@@ -634,24 +641,24 @@ def main(
         if flags.dry_run:
             job = job_of(train, config, worlds, make_model)
             return cost.print_training(job, run, train.total_steps())
-        machine, start, last = prepare(train, run, config, flags, worlds, make_model, load_start)
-    except (ValueError, OSError, ImportError) as error:
-        fail("train.py", error)
-    try:
-        with distributed.settings(machine):
-            trainer = Trainer(train, run, worlds, machine, start, loss, last)
+        lock = Path(run.out, f".lock-{os.environ.get('RANK', 0)}")
+        with alone(lock, run.out):
+            parts = prepare(train, run, config, flags, worlds, make_model, load_start)
+            machine, start, last = parts
+            with distributed.settings(machine):
+                trainer = Trainer(train, run, worlds, machine, start, loss, last)
+                if machine.rank == 0:
+                    if not flags.resume:
+                        checkpoint.start_anew(run.out)
+                    checkpoint.note_launch(run.out)
+                trainer.run_stages()
             if machine.rank == 0:
-                if not flags.resume:
-                    checkpoint.start_anew(run.out)
-                checkpoint.note_launch(run.out)
-            trainer.run_stages()
-        if machine.rank == 0:
-            options = trainer.options | asdict(config)
-            pages.write_report(run.out, trainer.shown, options)
+                options = trainer.options | asdict(config)
+                pages.write_report(run.out, trainer.shown, options)
     except Stop as stop:
         if machine.rank == 0:
             print(stop)
-    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+    except (FloatingPointError, ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fail("train.py", error)

@@ -286,7 +286,7 @@ def checkpoints(out):
     found = []
     for file in Path(out).glob("[!.]*/train.json"):
         try:
-            state = json.loads(file.read_text())
+            state = json.loads(file.read_text(encoding="utf-8"))
             if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
                 raise TypeError
             found.append((state["step"], file.parent))
@@ -367,6 +367,18 @@ def check_world(folder, world_state):
         raise ValueError(
             f"checkpoint {folder} has {name} {theirs!r}, but the data have {ours!r}{what}"
         )
+
+
+def check_data(folder, digests):
+    """Raises ValueError where a run would go on with other data. digests: of each stage's."""
+    stored = read_json(folder / "train.json").get("data", {})  # older ones do not say
+    for stage, found in digests.items():
+        if stored.get(stage, found) != found:
+            raise ValueError(
+                f"checkpoint {folder} has seen other data: what stage {stage} learns from changed "
+                f"since, {stored[stage]} to {found}. Wanted the same, to --resume; on new data, "
+                f"begin a run with --init {folder} and another --out"
+            )
 
 
 def restore(folder, model, optimizers, meter, average, machine):
@@ -467,7 +479,7 @@ def truncate(path, step):
     if not path.exists():
         return
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -499,7 +511,8 @@ def note_launch(out):
 def was_restarted(out):
     """Whether torchrun starts the processes of this run again, after one of them died."""
     file = Path(out, LAUNCH)
-    return bool(launch() and checkpoints(out) and file.exists() and file.read_text() == launch())
+    begun = file.read_text(encoding="utf-8") if file.exists() else ""
+    return bool(launch() and checkpoints(out) and begun == launch())
 
 
 def main(argv=None):

@@ -8,7 +8,6 @@ import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -24,9 +23,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
-from torch.utils.data import DataLoader
 
 from engine.cost import chosen_parallel
+from engine.threads import ahead
 from engine.world import in_turn
 
 
@@ -402,43 +401,24 @@ def micro_batches(dataset, batch, run, machine, first, steps):
     depends on neither, so that a run may go on with another number of processes.
     """
     size = run.micro_batch
-    sampler = (
+    chosen = (
         dataset.batch(step, batch)[m * size : (m + 1) * size]
         for step in range(first, first + steps)
         for m in range(machine.rank, batch // size, machine.ranks)
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=identity_collate,
-        num_workers=run.workers,
-        worker_init_fn=end_with_trainer,
-        pin_memory=machine.device.type == "cuda",
-    )
+
+    def read(indices):
+        found = dataset.__getitems__(indices)
+        pinned = machine.device.type == "cuda"
+        return {name: x.pin_memory() for name, x in found.items()} if pinned else found
+
+    if not run.workers:
+        yield from map(read, chosen)
+        return
+    for _, micro_batch in ahead(read, chosen, run.workers):
+        yield micro_batch.result()
 
 
 def receive(batch, machine):
     """A batch on the machine's device."""
     return {name: x.to(machine.device, non_blocking=True) for name, x in batch.items()}
-
-
-def identity_collate(samples):
-    """The datasets collate their batches themselves."""
-    return samples
-
-
-def end_with_trainer(worker):
-    """Makes a DataLoader's worker obey SIGTERM from its trainer alone.
-
-    torchrun and Slurm send it to every process, but the trainer ends its workers, after the last
-    checkpoint. (On Linux: macOS does not tell who sent a signal.)
-    """
-
-    def obey():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=obey, daemon=True).start()

@@ -1,4 +1,5 @@
-"""Files that are whole or not there, JSON whose errors name the file, and texts on one line."""
+"""Files that are whole or not there, places that one process writes to, JSON whose errors name the
+file, and texts on one line."""
 
 import json
 import os
@@ -6,6 +7,11 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -31,9 +37,10 @@ def atomic(path):
 
 
 def write_text(path, text):
-    """A text as a UTF-8 file. Raises OSError, as `atomic` does."""
+    """A text as a UTF-8 file; of a file's name that is not UTF-8, what is not is escaped. Raises
+    OSError, as `atomic` does."""
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
@@ -45,6 +52,51 @@ def append_line(path, value):
     """Adds a value to a file of JSON lines."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
+
+
+@contextmanager
+def alone(lock, place):
+    """Within, this process is the only one that writes to `place`, by a lock on the file `lock`.
+
+    The system lets go of it when a process ends, even by a kill. Makes the lock's folder; leaves
+    neither the file nor folders that are still empty. Raises ValueError where another process has
+    the lock, or the folder cannot be written to.
+    """
+    check_folder(lock.parent)
+    made = [folder for folder in lock.parents if not folder.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as file:
+        if not locked(file):
+            raise ValueError(
+                f"--out {place} is in use: another process writes there, wanted its end, or "
+                "another --out"
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def locked(file):
+    """Whether an open file is there and could be locked; True where the system has no locks."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
+    except (BlockingIOError, FileNotFoundError):  # the latter: another process has just ended
+        return False
+    except OSError:
+        return True
+
+
+def read_lines(path):
+    """The objects in a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def remove(path):
@@ -80,12 +132,22 @@ def check_folder(path, flag="--out"):
         raise ValueError(f"{flag} is {path}, {wanted}: {error.strerror}") from None
 
 
+def check_fetched(path):
+    """Raises ValueError for a file that cannot be read because git-lfs has not fetched it."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: `git lfs pull` fetches it"
+            )
+
+
 def read_json(path, key=None):
     """The object in a JSON file, or that under `key` of it. Raises ValueError, naming the file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         found = found[key] if key else found
     except (ValueError, LookupError, TypeError, RecursionError) as error:
+        check_fetched(path)
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
         ) from None

@@ -34,7 +34,7 @@ class Run:
     )
     workers: int = option(
         0,
-        "processes that prepare batches ahead, for each process that trains",
+        "threads that prepare batches ahead, for each process that trains",
         low=0,
         high=1000,
     )
@@ -205,17 +205,16 @@ def integers(text):
 
 def fail(prog, error):
     """Ends the process with one line, from one process of many."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    # a DataLoader's worker sends its traceback along
-    said = lines[-1].removeprefix(f"{type(error).__name__}: ")
-    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"{prog}: error: {said}")
+    sys.exit(1 if int(os.environ.get("RANK", 0)) else f"{prog}: error: {one_line(error)}")
 
 
 def run_command(main):
-    """Calls a program's main. Ctrl-C ends it without a traceback.
+    """Calls a program's main. What the terminal cannot show is escaped; Ctrl-C ends it without a
+    traceback.
 
     It dies of the signal: a shell goes on with its script after any exit code, even 130.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     try:
         main()
     except KeyboardInterrupt:

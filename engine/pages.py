@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from engine.files import read_json, write_text
+from engine.files import read_json, read_lines, write_text
 from engine.video import to_pixels
 
 WIDTH = 192  # pixels that a frame is reduced to where it is wider
@@ -122,14 +122,8 @@ def validations(folder):
         pairs = zip(before["video_by_tenth"], now["video_by_tenth"])
         drift = {"before": before["step"], "now": now["step"], "rows": [*enumerate(pairs)]}
     files = sorted(folder.glob("val/step-*/gallery.json"), reverse=True)
-    return drift, [(file.parent.name, json.loads(file.read_text())) for file in files]
-
-
-def read_lines(path):
-    """The objects in a file of JSON lines; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    galleries = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return drift, [(file.parent.name, gallery) for file, gallery in zip(files, galleries)]
 
 
 def report(metrics, results, shown, configuration, drift=None, validated=()):

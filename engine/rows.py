@@ -29,7 +29,8 @@ def read_rows(path, *names):
 
 def append_row(path, row):
     """Adds a row to a JSONL file, unless it is there, in the place of a last line that was cut."""
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    # a file's name may be no UTF-8: JSON escapes what is not in it, as backslashreplace does
+    line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
     Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         file.seek(0)

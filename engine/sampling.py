@@ -1,6 +1,7 @@
 """The flags of sample.py."""
 
 import argparse
+import os
 import re
 
 from engine.options import Parser, number
@@ -14,6 +15,18 @@ def rows_by_columns(text):
         )
     rows, columns = text.split("x")
     return int(rows), int(columns)
+
+
+def utf8(text):
+    """A text as it was typed: where the locale is not UTF-8, Python keeps its bytes escaped."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(f"is {text!a:.60}, wanted UTF-8") from None
 
 
 MODES = {
@@ -36,8 +49,8 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "generate prompt": 'what to draw, for example "a red circle moving right"; empty: --caption '
     "alone says it",
     "joint prompt": 'what to draw, for example "a red circle moving right"; empty: anything',
-    "prompts": "text file, a prompt a line; --out is then a folder, which gets the videos and "
-    "index.jsonl; videos that are there are kept",
+    "prompts": "text file, a prompt a line, or JSON lines with prompts, as an index has; --out is "
+    "then a folder, which gets the videos and index.jsonl; videos that are there are kept",
     "out": "video file to write (default: named as the mode, .gif, or .mp4 for the real world)",
     "negative-prompt": "what guidance leads away from (default: Wan's; the toy has none)",
     "caption": "detailed caption for the text stream (default: the prompt)",
@@ -87,14 +100,14 @@ def add_flags(parser, mode):
     if mode == "understand":
         add("video", one_of)
         add("videos", one_of)
-        add("prompt")
+        add("prompt", type=utf8)
         add("recompute-video", action="store_true")
     else:
-        add("prompt", one_of)
+        add("prompt", one_of, type=utf8)
         add("prompts", one_of)
-        add("negative-prompt")
+        add("negative-prompt", type=utf8)
     if mode == "generate":
-        add("caption")
+        add("caption", type=utf8)
     add("out")
     add("trajectory", nargs="?", const=f"{mode}.html", metavar="PAGE")
     add("size", type=rows_by_columns)

@@ -1,7 +1,12 @@
-"""How long OpenMP's threads wait busily for one another. Imports no torch, which reads it once."""
+"""Threads that work ahead, and how long OpenMP's wait busily for one another.
+
+Imports no torch, which reads the latter once.
+"""
 
 import os
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 # Turns of a waiting loop. libgomp's 300,000 are quickest where all cores are free; where another
 # process has one, each parallel region of a step may take that long.
@@ -31,6 +36,24 @@ def missing_cores(seconds=0.1):
 
 def idle_seconds():
     """Seconds that all cores have been idle or waiting for a disk (Linux)."""
-    with open("/proc/stat") as file:
+    with open("/proc/stat", encoding="utf-8") as file:
         _, _user, _nice, _system, idle, waiting, *_ = file.readline().split()
     return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
+
+
+def ahead(function, items, threads):
+    """(item, future of function(item)) in order, as many items ahead as there are threads.
+
+    Threads, not processes: those hand over large tensors in /dev/shm, which a container has little
+    of.
+    """
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > threads:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -76,7 +76,11 @@ class Tokenizer(Protocol):
 
 
 class Split(Protocol):
-    """Some of the clips, as a torch Dataset that collates its batches itself."""
+    """Some of the clips, as a torch Dataset that collates its batches itself.
+
+    It may have a `digest`, a string that changes with what is in a batch: then a run that goes on
+    with other data is refused.
+    """
 
     def batch(self, step: int, size: int) -> Any:
         """The `size` indices of training's batch `step`: a function of (seed, step, size)."""

@@ -30,6 +30,7 @@ import sample
 import toy.experiments
 import train
 from engine.checkpoint import checkpoints, truncate
+from engine.files import alone
 from engine.video import write_video
 from toy import shapes
 from univigu import UniViGU
@@ -484,7 +485,7 @@ def test_generate_with_bad_prompts_and_flags(flags, words, run, refused, tmp_pat
         ("--out notes", "notes/recall is no checkpoint"),
         ("--out results", "results results.json no checkpoint --overwrite"),
         ("--out=", "out '' wanted"),
-        ("--init file", "file model.safetensors wanted"),
+        ("--init file", "file is a file, wanted a folder"),
         ("--init run/recall/model.safetensors", "run/recall/model.safetensors wanted folder"),
         ("--data empty", "'empty' wanted 'toy' manifest.json"),
         ("--out run", "run holds a run at step 7 --resume --overwrite"),
@@ -560,6 +561,17 @@ def test_resume_of_a_broken_run(breaks, words, run, refused, tmp_path):
     )
 
 
+def test_resume_with_other_data_is_refused(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.Shapes, "digest", "now", raising=False)
+    shutil.copytree(run / "step-000006", tmp_path / "run" / "step-000006")
+    seen = change("run/step-000006/train.json", data={"recall": "now", "refine": "before"})
+    words = "step-000006 other data: refine changed since, before to now. --resume --init"
+    refused("train.py", ["--resume", "--out", "run", "--device", "cpu"], words, seen)
+    train.main(["--out", str(tmp_path / "new"), *TINY, "--stages", "generator"])
+    stored = json.loads((tmp_path / "new" / "generator" / "train.json").read_text())
+    assert stored["data"] == {"generator": "now"}
+
+
 def test_resume_mends_a_log_that_was_cut_in_a_line(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("refine"))
     (out / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-9])
@@ -588,6 +600,56 @@ def test_resume_mends_a_log_that_was_cut_in_a_line(run, tmp_path):
 def test_experiments_with_bad_flags(argv, words, refused, tmp_path):
     write("file", "mine")(tmp_path)
     refused("toy.experiments", argv, words)
+
+
+HOLDER = """
+import pathlib, sys, time
+from engine.files import alone
+with alone(pathlib.Path(sys.argv[1]), sys.argv[2]):
+    print(flush=True)
+    time.sleep(99)
+"""
+
+
+def test_a_lock_is_of_one_process_and_a_kill_leaves_none(tmp_path):
+    lock, place = tmp_path / "a" / "b" / ".lock", tmp_path / "a"
+    holder = [sys.executable, "-c", HOLDER, str(lock), str(place)]
+    process = subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=f"--out {place} is in use: another process"):
+        with alone(lock, place):
+            pass
+    process.kill()
+    process.wait()
+    with alone(lock, place):  # the file is still there
+        with pytest.raises(ValueError, match="in use"):
+            with alone(lock, place):
+                pass
+        assert lock.exists()
+    assert list(lock.parent.iterdir()) == []
+    with alone(tmp_path / "new" / "b" / ".lock", "new"):
+        (tmp_path / "new" / "file").touch()
+    assert sorted(snapshot(tmp_path)) == ["a", "a/b", "new", "new/file"]
+
+
+@pytest.mark.parametrize(
+    "tool, lock, argv",
+    [
+        ("train.py", "o/.lock-0", []),
+        ("train.py", "o/.lock-0", ["--overwrite"]),
+        ("toy.experiments", "o/.lock", ["recall", "--quick"]),
+        ("sample.py", "o/.lock", ["generate", "--prompts", "p.txt"]),
+        ("sample.py", ".o.lock", ["understand", "--videos", "."]),
+        ("wan.prepare", "o/.lock-0", ["--videos", ".", "--index", "p.txt"]),
+        ("wan.caption", ".o.lock", ["--videos", ".", "--index", "p.txt", "--model", "m"]),
+    ],
+)
+def test_a_place_that_another_process_writes_to_is_refused(tool, lock, argv, tmp_path, refused):
+    if tool not in mains():
+        pytest.skip("requirements-wan.txt is not installed")
+    (tmp_path / "p.txt").write_text("a red circle")
+    with alone(tmp_path / lock, "o"):
+        refused(tool, [*argv, "--out", "o"], "--out o is in use: another process")
 
 
 @pytest.mark.parametrize(
@@ -779,7 +841,7 @@ def test_prepare_lists_what_is_wrong_with_a_row(breaks, words, real, refused, tm
         (
             "--out file/below",
             write("file", "mine"),
-            "--out file/below cannot be written Not a directory",
+            "file/below wanted a folder that can be written to Not a directory",
         ),
         ("", write("o/settings.json", DEEP), "o/settings.json cannot be read"),
         ("", write("o/settings.json", {"format": "another"}), "o was begun with 'another'"),
@@ -1101,7 +1163,7 @@ def bound():
         (
             "wan.prepare",
             ["--videos", ".", "--index", ROOT / "README.md", "--out", "locked/o"],
-            "--out locked/o cannot be written Permission denied",
+            "locked/o wanted a folder that can be written to Permission denied",
         ),
         (
             "wan.caption",
@@ -1115,7 +1177,7 @@ def bound():
                 "--out",
                 "locked/o.jsonl",
             ],
-            "--out locked/o.jsonl cannot be written Permission denied",
+            "locked wanted a folder that can be written to Permission denied",
         ),
     ],
 )

@@ -524,29 +524,6 @@ def test_sigterm_to_torchrun_saves_with_workers_too(one, tmp_path):
     assert_same_losses(lines(out), lines(one))
 
 
-LEFT_OPEN = """
-import sys, types
-sys.path.insert(0, {root!r})
-import torch, toy
-from engine import checkpoint, distributed
-run = types.SimpleNamespace(micro_batch=4, workers=2)
-alone = types.SimpleNamespace(rank=0, ranks=1, device=torch.device("cpu"))
-dataset = toy.World(0).dataset("train")
-batches = iter(distributed.micro_batches(dataset, 4, run, alone, 0, 100))
-next(batches)
-type(batches).__del__ = lambda self: None  # as where an exception's traceback keeps it
-"""
-
-
-def test_workers_that_nobody_closed_end_with_the_trainer():
-    subprocess.run(
-        [sys.executable, "-c", LEFT_OPEN.format(root=str(ROOT))],
-        timeout=60,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_a_run_that_was_refused_is_not_resumed_by_the_restart(tmp_path):
     out = tmp_path / "run"
     finish(start(out, "--time-limit", "0.0001"))

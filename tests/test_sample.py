@@ -425,6 +425,56 @@ def test_joint_takes_the_empty_prompt_for_none(use, work):
     assert files(work) == ["joint.gif"]
 
 
+IN_A_LOCALE = """
+import sys
+from pathlib import Path
+from engine.files import read_json, write_text
+from engine.options import run_command
+from engine.rows import append_row, read_rows
+from engine.sampling import utf8
+from wan.index import find_video
+def main():
+    folder, file = Path(sys.argv[1]), Path(sys.argv[1], "rows.jsonl")
+    video = find_video(folder, "caf\\xe9.mp4")
+    append_row(file, {"video": "caf\\udce9.mp4", "caption": utf8(sys.argv[2])})
+    print(video.read_bytes(), read_rows(file, "video", "caption"), "caf\\xe9")
+    write_text(folder / "page.html", "caf\\xe9 \\udce9")
+run_command(main)
+"""
+
+
+def test_files_are_utf8_and_printing_ends_nothing_in_any_locale(tmp_path):
+    (tmp_path / "café.mp4").write_bytes(b"a video")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_LOCALE, tmp_path, "a café"],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        cwd=Path(sample.__file__).parent,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.startswith(b"b'a video'") and done.stdout.endswith(b" caf\\xe9\n")
+    row = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert row == '{"video": "caf\\udce9.mp4", "caption": "a café"}\n'
+    assert json.loads(row)["video"] == os.fsdecode(b"caf\xe9.mp4")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "café \\udce9"
+
+
+def test_prompts_are_lines_of_text_or_the_prompts_of_rows(tmp_path):
+    file = tmp_path / "p.txt"
+    for content, wanted in (
+        ("a red circle\r\n\n {a} b\n", ["a red circle", "{a} b"]),
+        ("{a|b} ball\n", ["{a|b} ball"]),
+        ('\ufeff{"video": "0.mp4", "prompt": "a café\u2028now"}\n', ["a café\u2028now"]),
+        ('{"prompt": "x", "caption": "y"}\n\n{"prompt": "x"}\n', ["x", "x"]),
+    ):
+        file.write_text(content, encoding="utf-8", newline="")
+        assert sample.read_prompts(file) == wanted
+    for content, name in (('{"prompt": 1}', "p.txt"), ("a ball", "p.jsonl"), ("[1]", "p.json")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f'{name} has a row that .* JSON lines {{"prompt"'):
+            sample.read_prompts(tmp_path / name)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -432,7 +482,7 @@ def test_joint_takes_the_empty_prompt_for_none(use, work):
     "checkpoint, words",
     [
         ("nowhere", "nowhere model.safetensors"),
-        ("metrics.jsonl", "metrics.jsonl model.safetensors"),
+        ("metrics.jsonl", "metrics.jsonl is a file, wanted a folder"),
     ],
 )
 def test_a_missing_checkpoint_is_refused(checkpoint, words, refusal, work):

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from engine import threads
+from engine import distributed, threads
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -76,3 +78,39 @@ def test_programs_ask_before_torch_is_loaded(program, tmp_path):
     )
     loads = [line for line in done.stderr.splitlines() if line.startswith("loads")]
     assert done.returncode == 0 and loads[:2] == ["loads engine.threads", "loads torch"], loads
+
+
+def test_items_are_worked_on_ahead_and_come_in_order():
+    """As many ahead as there are threads; a failure comes with its own item."""
+    taken = []
+
+    def items():
+        for n in range(9):
+            taken.append(n)
+            yield n
+
+    found = threads.ahead(lambda n: 1 / (n - 5), items(), 3)
+    assert next(found)[1].result() == -0.2 and taken == [0, 1, 2, 3]
+    rest = [(n, future.exception() or future.result()) for n, future in found]
+    assert [n for n, _ in rest] == list(range(1, 9))
+    assert [type(value) for _, value in rest].index(ZeroDivisionError) == 4
+
+
+def test_batches_ahead_are_the_same_and_are_read_in_this_process():
+    """Another process would hand them over in /dev/shm, which may be small."""
+    read, run = [], SimpleNamespace(micro_batch=2, workers=0)
+    alone = SimpleNamespace(rank=0, ranks=1, device=torch.device("cpu"))
+
+    class Numbers:
+        def batch(self, step, size):
+            return range(step * size, step * size + size)
+
+        def __getitems__(self, indices):
+            read.append(os.getpid())
+            return {"z_v": torch.tensor(indices)}
+
+    for run.workers in (0, 2):
+        found = distributed.micro_batches(Numbers(), 4, run, alone, 1, 2)
+        values = [batch["z_v"].tolist() for batch in found]
+        assert values == [[4, 5], [6, 7], [8, 9], [10, 11]]
+    assert read == [os.getpid()] * 8

@@ -55,7 +55,9 @@ def vae(wan):
 
 @pytest.fixture(scope="module")
 def umt5(wan):
-    return UMT5EncoderModel.from_pretrained(wan / "text_encoder").requires_grad_(False)
+    umt5 = UMT5EncoderModel.from_pretrained(wan / "text_encoder").requires_grad_(False)
+    umt5.encoder.set_input_embeddings(umt5.shared)  # transformers 5.0 does so only where tied
+    return umt5
 
 
 @pytest.fixture(scope="module")
@@ -221,20 +223,12 @@ def test_tiles_give_nearly_the_same(copy):
     assert torch.equal(tiled.encode(frames[..., :32, :32]), codec.encode(frames[..., :32, :32]))
 
 
-def test_a_vae_of_other_strides_has_its_own_sizes(copy):
-    shutil.rmtree(copy / "vae")
-    AutoencoderKLWan(
-        base_dim=4,
-        z_dim=6,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * 6,
-        latents_std=[1.0] * 6,
-    ).save_pretrained(copy / "vae")
-    codec = Codec(copy)
-    assert codec.latent_shape(9, 24, 16) == (6, 3, 6, 4)
-    assert codec.encode(clip(1, 3, 9, 24, 16)).shape == (1, 6, 3, 6, 4)
+def test_umt5_reads_its_prompt_by_the_one_embedding_that_its_file_has(wan):
+    """As the real one, whose config says that none is tied."""
+    config = json.loads((wan / UMT5_CONFIG).read_text())
+    stored, umt5 = load_file(wan / UMT5), PromptEncoder(wan).umt5
+    assert config["tie_word_embeddings"] is False and "encoder.embed_tokens.weight" not in stored
+    assert torch.equal(umt5.encoder.embed_tokens.weight, stored["shared.weight"])
 
 
 def test_autocast_around_it_changes_nothing(codec, encoder):
@@ -435,7 +429,7 @@ def test_fingerprints_are_of_config_and_weights_and_nothing_else(wan, copy, tmp_
     )
     assert codec != Codec(write_wan_folder(tmp_path / "other", seed=5)).fingerprint
     edit_json(copy / "vae/config.json", _diffusers_version="0.1", _name_or_path="elsewhere")
-    umt5 = UMT5EncoderModel.from_pretrained(copy / "text_encoder")
+    umt5 = UMT5EncoderModel.from_pretrained(copy / "text_encoder", tie_word_embeddings=True)
     (copy / "text_encoder/model.safetensors").unlink()
     umt5.save_pretrained(copy / "text_encoder", max_shard_size="40KB")
     edit_json(
@@ -443,6 +437,7 @@ def test_fingerprints_are_of_config_and_weights_and_nothing_else(wan, copy, tmp_
         transformers_version="4.0",
         torch_dtype="float16",
         dtype="float16",
+        tie_word_embeddings=False,  # which newer ones overrule
     )
     assert len(list((copy / "text_encoder").glob("*.safetensors"))) > 1
     assert codec == Codec(copy).fingerprint and encoder == PromptEncoder(copy).fingerprint
@@ -492,6 +487,7 @@ def poison(path):
     )
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 DAMAGE = [
     (Codec, lambda f: shutil.rmtree(f / "vae"), "no folder vae wanted diffusers"),
     (PromptEncoder, lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder"),
@@ -506,13 +502,36 @@ DAMAGE = [
     (Codec, lambda f: drop_tensor(f / VAE), "vae missing keys"),
     (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_mean=[0.0]), "latents_mean wanted 16"),
     (Codec, lambda f: edit_json(f / VAE_CONFIG, latents_std=[0.0] * 16), "latents_std above 0"),
+    *(
+        (Codec, lambda f, other=other: AutoencoderKLWan(**other).save_pretrained(f / "vae"), words)
+        for other, words in (
+            (
+                dict(base_dim=4, temperal_downsample=[False, False, True]),
+                "2 frames of 8 x 8 wanted",
+            ),
+            (
+                dict(base_dim=4, dim_mult=[1, 2, 4], temperal_downsample=[True, True]),
+                "4 x 4 wanted",
+            ),
+            (
+                dict(base_dim=4, patch_size=2, in_channels=12, out_channels=12),
+                "16 x 16 pixels 5B Wan2.2",
+            ),
+            (dict(base_dim=4, z_dim=6, latents_mean=[0] * 6, latents_std=[1] * 6), "6 channels 16"),
+        )
+    ),
     (
         Codec,
-        lambda f: AutoencoderKLWan(
-            base_dim=4, temperal_downsample=[False, False, True]
-        ).save_pretrained(f / "vae"),
-        "temperal_downsample two",
+        lambda f: edit_json(f / VAE_CONFIG, _class_name="AutoencoderKLQwenImage"),
+        "AutoencoderKLQwenImage wanted AutoencoderKLWan",
     ),
+    (
+        PromptEncoder,
+        lambda f: edit_json(f / UMT5_CONFIG, architectures=["T5EncoderModel"]),
+        "T5EncoderModel wanted UMT5EncoderModel",
+    ),
+    (Codec, lambda f: (f / VAE).write_text(POINTER), VAE + " git-lfs pointer"),
+    (Tokenizer, lambda f: (f / WORDS).write_text(POINTER), WORDS + " git-lfs pointer"),
     (PromptEncoder, lambda f: (f / UMT5).unlink(), "text_encoder lacks model.safetensors"),
     (PromptEncoder, lambda f: os.truncate(f / UMT5, 50000), UMT5 + " cannot be read"),
     (PromptEncoder, lambda f: drop_tensor(f / UMT5), "text_encoder missing keys shared.weight"),

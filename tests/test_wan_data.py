@@ -462,10 +462,10 @@ def test_what_cannot_be_prepared_is_one_line(go, films, tmp_path, capsys):
                 ("--index", "folder", "is a folder, wanted a file"),
                 ("--videos", "none", "is no folder"),
                 ("--videos", "file", "is no folder"),
-                ("--out", "file/in/it", "cannot be written Not a directory"),
+                ("--out", "file/in/it", "wanted a folder that can be written to Not a directory"),
             )
         ),
-        ("wan.prepare", "--out", "file", "cannot be written Not a directory"),
+        ("wan.prepare", "--out", "file", "wanted a folder that can be written to Not a directory"),
         ("wan.caption", "--out", "folder", "is a folder, wanted a file"),
         (
             "wan.caption",
@@ -840,6 +840,17 @@ def many(folder, sizes, shard_clips=16, channels=2):
         manifest["shards"][path.name] = {"clips": len(some), "bytes": path.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def test_the_digest_is_of_what_is_in_a_batch(tmp_path):
+    """Not of where the folder is, nor of how its clips are cut into shards."""
+    wanted = Shards(many(tmp_path / "a", [9, 3])).digest
+    assert Shards(many(tmp_path / "b", [9, 3], shard_clips=5)).digest == wanted
+    assert Shards(many(tmp_path / "c", [9, 2])).digest != wanted
+    assert Shards(many(tmp_path / "d", [8, 4])).digest != wanted
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text()) | {"index": "other"}
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert Shards(tmp_path / "a").digest != wanted
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 50])

@@ -525,7 +525,7 @@ def test_dry_runs_from_the_hub_download_no_weights(path, tmp_path, capsys, monke
     shutil.copytree(path / "wan", tmp_path / "someone" / "wan")
     fetched = fake_hub(tmp_path, monkeypatch)
     file = "transformer/diffusion_pytorch_model.safetensors"
-    headers = {"transformer/config.json", f"header of {file}"}
+    headers = {"model_index.json", "transformer/config.json", f"header of {file}"}
     flags = ["--checkpoint", "someone/wan", "--prompt", "a cat", *DRY]
     text = use(capsys, "generate", *flags)
     assert "32,760 video tokens" in text and fetched == headers

@@ -30,7 +30,7 @@ from tiny_wan import fake_hub
 from univigu import PRESETS, Config, UniViGU, generate, joint, sinusoid, understand
 from wan import names, weights
 from wan.published import PublishedUniViGU, latents_of
-from wan.weights import export, load
+from wan.weights import export, is_wan, load
 
 pytestmark = pytest.mark.slow
 
@@ -785,6 +785,91 @@ def test_configs_of_other_models_are_refused_by_name(folders, tmp_path, layout, 
 
 
 @pytest.mark.parametrize(
+    "folder, given, index, message",
+    [
+        (
+            "diffusers",
+            "",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "transformer_2",
+        ),
+        ("diffusers/transformer_2", "", {}, "two models, it has transformer_2"),
+        ("diffusers/transformer_2", "transformer_2", {}, "it has transformer_2"),
+        ("diffusers/transformer_2", "transformer", {}, "it has transformer_2"),
+        ("official/high_noise_model", "", {}, "it has high_noise_model"),
+        ("official/low_noise_model", "low_noise_model", {}, "it has low_noise_model"),
+        ("diffusers", "", {"expand_timesteps": True}, "the 5B of Wan2.2, wanted a Wan2.1"),
+    ],
+)
+def test_a_wan_of_two_models_is_refused_whichever_part_is_given(
+    folders, tmp_path, folder, given, index, message
+):
+    """Half of Wan2.2 would draw, without a word."""
+    kind, _, second = folder.partition("/")
+    target, where = copy_of(folders / kind, tmp_path)
+    if second:
+        shutil.copytree(where, target / second)
+    (target / "model_index.json").write_text(json.dumps(index))
+    assert is_wan(target / given)
+    with pytest.raises(ValueError, match=message):
+        load(target / given)
+
+
+def test_a_wan_without_a_second_transformer_says_so_in_its_index(folders, tmp_path):
+    target, _ = copy_of(folders / "diffusers", tmp_path)
+    index = {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False}
+    (target / "model_index.json").write_text(json.dumps(index))
+    assert weights.layout(target) == "diffusers"
+
+
+@pytest.mark.parametrize("kind", ["official", "diffusers", "published"])
+def test_prefixes_of_other_programs_are_stripped(folders, tmp_path, kind):
+    """FSDP and torch.compile also put them within a name."""
+    wrapped = lambda name: "module._orig_mod." + name.replace("attn", "_orig_mod.attn", 1)
+    if kind == "published":
+        stored = torch.load(folders / "published.pth")["model"]
+        torch.save({"model": {wrapped(name): x for name, x in stored.items()}}, tmp_path / "m.pth")
+        return assert_same_model(tmp_path / "m.pth", folders / "published.pth")
+    target, where = copy_of(folders / kind, tmp_path)
+    tensors = {name: x.clone() for name, x in load_file(where / FILE).items()}  # not of the file
+    for prefix in ("model.", "module.", "diffusion_model.", "model.diffusion_model."):
+        save_file({prefix + name: x for name, x in tensors.items()}, where / FILE)
+        assert weights.config(target) == weights.config(folders / kind)
+    save_file({wrapped(name): x for name, x in tensors.items()}, where / FILE)
+    assert_same_model(target, folders / kind)
+    name = next(iter(tensors))
+    save_file(tensors | {"module." + name: tensors[name].clone()}, where / FILE)
+    with pytest.raises(ValueError, match=f"{name} more than once"):
+        load(target)
+
+
+def assert_same_model(one, other):
+    assert same(wan_part(load(one, **SMALL)), wan_part(load(other, **SMALL)))
+
+
+def test_a_file_or_folder_of_another_program_is_told_for_what_it_is(folders, tmp_path):
+    tensors, comfy = load_file(folders / "official" / FILE), tmp_path / "wan.safetensors"
+    lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}
+    for content, message in (
+        ({f"model.diffusion_model.{n}": x for n, x in tensors.items()}, "Wan's weights .official"),
+        (lora, "a LoRA, wanted a whole model"),
+        ({"unet.conv_in": torch.ones(2)}, "1 tensors that are no Wan's .unet.conv_in, ...."),
+    ):
+        save_file(content, comfy)
+        for given in (comfy, tmp_path):  # alone, and in a folder of its own
+            assert is_wan(given)
+            with pytest.raises(ValueError, match=f"checkpoint {comfy} holds .*{message}"):
+                load(given)
+    with pytest.raises(ValueError, match=f"one file of a checkpoint, .* {folders / 'own'}$"):
+        load(folders / "own" / "model.safetensors")
+    pointer = tmp_path / "m.pth"
+    for file in (comfy, pointer):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(ValueError, match=f"{file} is a git-lfs pointer.* `git lfs pull`"):
+            load(file)
+
+
+@pytest.mark.parametrize(
     "layout, overrides, message",
     [
         ("official", dict(heads=3), "overrides have heads, wanted fields of Config"),
@@ -915,12 +1000,12 @@ REPOSITORIES = {  # layout: files beside it that nobody needs, its JSON files, i
     "sharded": (["Wan2.1_VAE.pth"], {"config.json", FILE + ".index.json"}, SHARDS),
     "diffusers": (
         [
-            "model_index.json",
             "vae/" + FILE,
             "vae/config.json",
             "text_encoder/model-00001-of-00005.safetensors",
+            "model_index.json",
         ],
-        {"transformer/config.json"},
+        {"model_index.json", "transformer/config.json"},
         {"transformer/" + FILE},
     ),
     "own": (["README.md", "training_state.pt"], {"config.json"}, {"model.safetensors"}),

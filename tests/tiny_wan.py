@@ -40,7 +40,8 @@ def write_wan_folder(path, seed=0):
     vocab_size = 16 * math.ceil(
         (tokenizer.get_vocab_size() + 1) / 16
     )  # as umT5, whose embedding has a few rows more than there are tokens
-    umt5 = UMT5Config(vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    umt5 = UMT5Config(vocab_size=vocab_size, **sizes)
     parts = {
         "transformer": WanTransformer3DModel(
             num_attention_heads=2,
@@ -58,6 +59,9 @@ def write_wan_folder(path, seed=0):
     }
     for i, (name, module) in enumerate(parts.items()):
         randomise(module, seed + i).save_pretrained(path / name)
+    # as the real one, which has shared.weight alone all the same
+    config = path / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(path / "scheduler")

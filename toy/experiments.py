@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.files import check_folder, one_line, write_json
+from engine.files import alone, one_line, write_json
 from engine.options import Parser, run_command
 
 from . import pairs_claims
@@ -181,12 +181,7 @@ def parse(argv):
     out = "runs/experiments" + "-pairs" * (flags.data == "pairs") + "-quick" * flags.quick
     _, full, quick = WORLDS[flags.data]
     chosen = [known[name] for name in known if name in (flags.names or known)]
-    return (
-        chosen,
-        different_seeds(seeds),
-        quick if flags.quick else full,
-        writable_folder(flags.out or out),
-    )
+    return chosen, different_seeds(seeds), quick if flags.quick else full, flags.out or out
 
 
 def by_name(data):
@@ -203,22 +198,16 @@ def different_seeds(text):
     return [int(seed) for seed in seeds]
 
 
-def writable_folder(out):
-    """Makes a folder, if it is not there."""
-    check_folder(out)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def main(argv=None):
     begin, results = time.time(), []
     try:
         experiments, seeds, budget, out = parse(argv)
-        for experiment in experiments:
-            print(f"\n{experiment.name}: {experiment.claim}")
-            print(f"Refuted if: {experiment.refuted_if}")
-            results.append(perform(experiment, seeds, budget, out))
-            print(table(results[-1:]))
+        with alone(Path(out, ".lock"), out):
+            for experiment in experiments:
+                print(f"\n{experiment.name}: {experiment.claim}")
+                print(f"Refuted if: {experiment.refuted_if}")
+                results.append(perform(experiment, seeds, budget, out))
+                print(table(results[-1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"toy.experiments: error: {one_line(error)}")
     minutes = (time.time() - begin) / 60

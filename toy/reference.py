@@ -1,10 +1,9 @@
 """What the default run came to, over three seeds: the reference beside a run of one's own."""
 
-import json
 import statistics
 from pathlib import Path
 
-from engine.files import read_json
+from engine.files import read_json, read_lines
 
 FOLDER = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -25,9 +24,9 @@ def band(mode, name, clips):
 
 def curves():
     """Stage -> "video" and "text" -> (steps into the stage, lowest, highest loss over seeds)."""
-    lines = [(FOLDER / f"seed{seed}.jsonl").read_text().splitlines() for seed in SEEDS]
+    logs = [read_lines(FOLDER / f"seed{seed}.jsonl") for seed in SEEDS]
     first, found = {}, {}
-    for logged in zip(*([json.loads(line) for line in log] for log in lines)):
+    for logged in zip(*logs):
         stage, step = logged[0]["stage"], logged[0]["step"]
         into = step - first.setdefault(stage, step)
         for name in ("video", "text"):

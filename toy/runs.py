@@ -1,7 +1,6 @@
 """Trainings of variants, and finished ones to measure."""
 
 import io
-import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -14,7 +13,7 @@ import torch
 import train
 import wan
 from engine.checkpoint import checkpoints
-from engine.files import read_json, write_json
+from engine.files import read_json, read_lines, write_json
 from univigu import Config, understand, uni_flow_loss
 from wan.published import build
 
@@ -193,7 +192,7 @@ class Run:
         """How long it was trained. Raises ValueError where its log does not say."""
         path = self.folder / "metrics.jsonl"
         try:
-            return float(json.loads(path.read_text().splitlines()[-1])["wall_s"])
+            return float(read_lines(path)[-1]["wall_s"])
         except (OSError, ValueError, LookupError, TypeError):
             raise ValueError(
                 f"{path} has no last line with wall_s, wanted the log of a run: "

@@ -15,7 +15,6 @@ GPU's dense bf16 peak. The weights are random: only the speed is asked for.
 """
 
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from engine.cost import PEAK, forward_flops, video_tokens
 from engine.distributed import Machine, autocast, parallelise, preferred_attention
-from engine.files import check_writable, write_json
+from engine.files import check_writable, read_lines, write_json
 from engine.optim import Guard
 from engine.options import Parser, Run, fail, integers, number, run_command
 from univigu import PRESETS, UniViGU, understand, uni_flow_loss
@@ -208,7 +207,7 @@ def toy():
             torch.compiler.reset()
             command = "--stages generator --generator-steps 120 --eval-clips 0 --compile yes"
             train.main([*command.split(), "--out", out, *flags.split()])
-            last = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+            last = read_lines(Path(out, "metrics.jsonl"))[-1]
             found[flags] = {"clips_per_s": last["samples_per_s"], "loss": last["loss"]}
     return found
 
@@ -239,7 +238,7 @@ def rates(trainings=1, busy=0):
         finally:
             for process in others:
                 process.kill()
-        logs = [[json.loads(line) for line in (out / LOG).read_text().splitlines()] for out in outs]
+        logs = [read_lines(out / LOG) for out in outs]
     return [statistics.median(line["samples_per_s"] for line in log[2:]) for log in logs]
 
 

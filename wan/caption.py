@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.files import append_line, check_writable, one_line
+from engine.files import alone, append_line, check_writable, one_line
 from engine.options import run_command
 from engine.video import FPS, read_frames
 
@@ -194,7 +194,8 @@ def parse(argv):
 
 def main(argv=None):
     flags = parse(argv)
-    with failing_in_one_line("wan.caption"):
+    out = Path(flags.out)
+    with failing_in_one_line("wan.caption"), alone(out.with_name(f".{out.name}.lock"), out):
         caption(flags)
 
 

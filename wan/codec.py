@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 
-from engine.files import one_line, read_json, shorten
+from engine.files import check_fetched, one_line, read_json, shorten
 
 from .shards import EOS, PAD
 from .weights import ask_hub, digest, open_safetensors
@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed: pip install -r requirements-wan.txt", name=error.name
     ) from None
 
-STRIDE_T = 4  # frames of a latent; diffusers' encode has it built in
+# Wan2.1's VAE: frames of a latent, its pixels along a side, its channels.
+STRIDE_T, STRIDE, CHANNELS = 4, 8, 16
 LATENTS = ("normalised", "raw")
 # Keys of a config.json that change when another version writes it.
 WRITTEN_BY = ("transformers_version", "dtype", "torch_dtype")
@@ -63,28 +64,29 @@ class Codec:
             AutoencoderKLWan,
             self.folder,
             "diffusion_pytorch_model",
-            dtype,
+            torch_dtype=dtype,  # of diffusers, 0.40 is the first to call it dtype
             low_cpu_mem_usage=False,
         )
         if tiling:
             self.vae.enable_tiling()
         config = self.vae.config
-        self.channels = config.z_dim
-        self.stride = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)  # Wan: 8
         self.check_config(config)
-        mean, std = [0.0] * self.channels, [1.0] * self.channels
+        mean, std = [0.0] * CHANNELS, [1.0] * CHANNELS
         if latents == "normalised":
             mean, std = config.latents_mean, config.latents_std
         self.mean = torch.tensor(mean).view(-1, 1, 1, 1)  # (C, 1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1, 1)  # (C, 1, 1, 1)
 
     def check_config(self, config):
-        """Raises ValueError for a VAE of another time stride, or without statistics."""
-        file, n = self.folder / "config.json", self.channels
-        downsample = config.temperal_downsample
-        if 2 ** sum(downsample) != STRIDE_T:
+        """Raises ValueError for a VAE of other strides or channels, or without statistics."""
+        file, n = self.folder / "config.json", CHANNELS
+        side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        found = 2 ** sum(config.temperal_downsample), side, config.z_dim
+        if found != (STRIDE_T, STRIDE, CHANNELS):
             raise ValueError(
-                f"{file} has temperal_downsample {downsample}, wanted two that are true"
+                f"{file} is of a VAE with {found[0]} frames of {side} x {side} pixels a latent and "
+                f"{config.z_dim} channels (the 5B of Wan2.2 has 4, 16 and 48), wanted Wan2.1's "
+                f"{STRIDE_T} frames, {STRIDE} x {STRIDE} and {CHANNELS}"
             )
         mean, std = config.latents_mean, config.latents_std
         if len(mean) != n or len(std) != n or not min(std) > 0:
@@ -103,12 +105,12 @@ class Codec:
 
         Raises ValueError unless whole latents, 2 x 2 of them a token, cover it.
         """
-        side = 2 * self.stride
+        side = 2 * STRIDE
         if frames < 1 or frames % STRIDE_T != 1:
             raise ValueError(f"video has {frames} frames, wanted {STRIDE_T}n + 1 (1, 5, 9, ...)")
         if min(height, width) < 1 or height % side or width % side:
             raise ValueError(f"video has {height} x {width} pixels, wanted multiples of {side}")
-        return self.channels, 1 + frames // STRIDE_T, height // self.stride, width // self.stride
+        return CHANNELS, 1 + frames // STRIDE_T, height // STRIDE, width // STRIDE
 
     def encode(self, frames):
         """frames (B, 3, T, H, W) in [-1, 1] -> z_v (B, C, F, H/8, W/8): the posterior's mean.
@@ -133,9 +135,9 @@ class Codec:
 
         Raises ValueError for another shape and for NaN.
         """
-        if z_v.ndim != 5 or z_v.shape[1] != self.channels or not z_v.numel():
+        if z_v.ndim != 5 or z_v.shape[1] != CHANNELS or not z_v.numel():
             shape = tuple(z_v.shape)
-            raise ValueError(f"z_v has shape {shape}, wanted (B, {self.channels}, F, H, W)")
+            raise ValueError(f"z_v has shape {shape}, wanted (B, {CHANNELS}, F, H, W)")
         if not z_v.isfinite().all():
             raise ValueError("z_v holds NaN or infinity, wanted finite numbers")
         mu = z_v.float() * self.std.to(z_v.device) + self.mean.to(z_v.device)
@@ -156,7 +158,9 @@ class PromptEncoder:
         self.device, self.length, self.offload = torch.device(device), length, offload
         self.folder, self.tokenizer = locate(path, "text_encoder"), Tokenizer(path)
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", dtype)
+        # umT5's own config says that they are not, and is meant for its decoder
+        options = {"dtype": dtype, "tie_word_embeddings": True}
+        self.umt5, self.tensors = load_frozen(UMT5EncoderModel, self.folder, "model", **options)
         self.width, rows = self.umt5.config.d_model, self.umt5.config.vocab_size
         if rows < len(self.tokenizer):
             raise ValueError(
@@ -271,6 +275,7 @@ def read_tokenizer(file):
     try:
         umt5 = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exceptions
+        check_fetched(file)
         raise ValueError(f"{file} cannot be read: {error}") from None
     umt5.no_truncation()
     umt5.no_padding()
@@ -303,13 +308,17 @@ def locate(path, part):
     return root / part
 
 
-def load_frozen(cls, folder, stem, dtype, **options):
-    """A folder's module of class `cls` in `dtype`, frozen; its tensors, see open_safetensors."""
+def load_frozen(cls, folder, stem, **options):
+    """A folder's module of class `cls`, frozen; its tensors, see open_safetensors."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} lacks config.json")
+    said = read_json(folder / "config.json")
+    kind = said.get("_class_name") or (said.get("architectures") or [cls.__name__])[0]
+    if kind != cls.__name__:
+        raise ValueError(f"{folder / 'config.json'} is of {kind}, wanted {cls.__name__}")
     # names the file that is missing or cut, which from_pretrained does not
     tensors = open_safetensors(folder, stem)
-    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
         module, report = cls.from_pretrained(folder, **options)
     except Exception as error:  # configs and shapes of another model fail in many ways

@@ -96,7 +96,7 @@ def find_video(folder, name):
     Raises ValueError unless it is a file inside the folder, symbolic links followed, of a kind that
     can be read.
     """
-    path = folder / name
+    path = folder / os.fsdecode(name.encode())  # files are named in UTF-8, whatever the locale
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     if Path(name).is_absolute() or not inside:
         raise ValueError("video leaves the folder of videos")

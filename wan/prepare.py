@@ -14,8 +14,7 @@ stopped goes on when started again; with torchrun every rank takes its share of 
 import json
 import os
 import shutil
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,8 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.files import append_line, atomic, check_writable, one_line, read_json, write_json
+from engine.files import (
+    alone,
+    append_line,
+    atomic,
+    check_writable,
+    one_line,
+    read_json,
+    write_json,
+)
 from engine.options import run_command
+from engine.threads import ahead
 from engine.video import FPS, read_clip, to_frames
 
 from .data import NEGATIVE_PROMPT
@@ -289,9 +297,10 @@ def prepare(flags):
         video, *_ = index.rows[line]
         return read_clip(find_video(videos, video), flags.sizes, least_frames(flags), flags.frames)
 
+    clips = ahead(read, todo, min(4, os.cpu_count() or 1))
     disable = None if rank == 0 else True  # None: where there is no terminal
     done = len(mine) - len(todo)
-    bar = tqdm(ahead(read, todo), total=len(mine), initial=done, unit="row", disable=disable)
+    bar = tqdm(clips, total=len(mine), initial=done, unit="row", disable=disable)
     for line, clip in bar:
         try:
             described, tensors = make_clip(line, index.rows[line], clip, encoders)
@@ -363,17 +372,6 @@ def make_clip(line, row, clip, encoders):
     t, h, w, _ = pixels.shape
     told = {"line": line, "video": video, "size": [t, h, w], "z_v": list(z_v.shape), "cut": cut}
     return told, {"z_v": z_v, "c": c, **dict(zip(TEXTS, ids))}
-
-
-def ahead(function, items):
-    """(item, future of function(item)) in order; a few threads work a few items ahead."""
-    threads, waiting = min(4, os.cpu_count() or 1), deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > threads:
-                yield waiting.popleft()
-        yield from waiting
 
 
 # ---------------------------------------------------------------- the command
@@ -466,7 +464,8 @@ def parse(argv):
 
 def main(argv=None):
     flags = parse(argv)
-    with failing_in_one_line("wan.prepare"):
+    lock = Path(flags.out, f".lock-{os.environ.get('RANK', 0)}")
+    with failing_in_one_line("wan.prepare"), alone(lock, flags.out):
         prepare(flags)
 
 

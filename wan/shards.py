@@ -183,9 +183,9 @@ class Shards(Dataset):
     Only their places are kept in memory; a shard is mapped while a clip is read from it. A batch is
     made in one go and comes out collated: a DataLoader needs a batch sampler, see `batch`, and a
     collate_fn that changes nothing. `buckets`: the sizes "TxHxW" in pixels, `bucket` (clips,): each
-    clip's. Token ids count through `vocabulary`, umT5's ids in order, default: those that occur in
-    the data; with full_vocabulary they are umT5's own. Split "val" is empty where there are no more
-    than 10 videos.
+    clip's; `digest` changes with what is in a batch. Token ids count through `vocabulary`, umT5's
+    ids in order, default: those that occur in the data; with full_vocabulary they are umT5's own.
+    Split "val" is empty where there are no more than 10 videos.
 
     Raises FileNotFoundError or ValueError for a missing, cut or foreign file, here and when a clip
     is read, and for an unknown split.
@@ -213,6 +213,8 @@ class Shards(Dataset):
         ]
         columns = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 3).unbind(1)
         self.shard, self.line, self.bucket = columns  # (clips,) each
+        said = [manifest.get("index"), self.buckets, self.line.tolist(), self.bucket.tolist()]
+        self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
         self.members = [(self.bucket == b).nonzero().flatten() for b in range(len(self.buckets))]
 
     def find_clips(self, shards):

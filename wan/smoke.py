@@ -10,7 +10,6 @@ It trains for a few hundred steps, then prints some captions beside what they sh
 checks, each with what it found and what to look at where it fails. Exit code 0: all passed.
 """
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -21,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 import wan
-from engine.files import check_folder, read_json, write_json
+from engine.files import atomic, check_folder, read_json, read_lines, write_json
 from engine.options import Parser, fail, run_command
-from engine.pages import read_lines
 from engine.video import FPS, read_resized, write_video
 from univigu import interpolate, noise_like, understand
+from wan.index import write_lines
 
 VAE = "diffusion_pytorch_model.safetensors"
 CLIPS = 16
@@ -57,7 +56,7 @@ def make_tiny(out):
         write_video(out / f"{i}.mp4", square(COLOURS[colour], *DIRECTIONS[direction]), FPS)
         prompt, rest = f"a {colour} square moves {direction}", "on a dark background"
         rows.append({"video": f"{i}.mp4", "prompt": prompt, "caption": f"{prompt} {rest}"})
-    (out / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(out / "index.jsonl", rows)
     normalise(out / "wan", [out / row["video"] for row in rows])
     where = f"--videos {out} --index {out}/index.jsonl --wan {out}/wan --out {out}/clips"
     prepare.main([*where.split(), *"--frames 9 --sizes 32x48 --caption-tokens 4-40".split()])
@@ -80,7 +79,8 @@ def normalise(folder, videos):
 
     weights, file = folder / "vae" / VAE, folder / "vae" / "config.json"
     plain = {n: 0 * x if n.endswith("bias") else x for n, x in load_file(weights).items()}
-    save_file(plain, weights, {"format": "pt"})  # random biases would drown what is in a video
+    with atomic(weights) as part:  # random biases would drown what is in a video
+        save_file(plain, part, {"format": "pt"})
     codec = Codec(folder)
     frames = torch.cat([read_resized(video, [(32, 48)], 9) for video in videos])
     mu = codec.encode(frames) * codec.std + codec.mean
@@ -183,7 +183,10 @@ def main(argv=None):
         fail("wan.smoke", error)
     stages = ["--stages", "recall,refine", "--init", "none", "--out", flags.out]
     train.parse([*stages, *rest])  # ends here where a flag is wrong, before anything is made
-    here = make_tiny(out) if flags.tiny else ["--data", flags.data, "--init", flags.init]
+    try:
+        here = make_tiny(out) if flags.tiny else ["--data", flags.data, "--init", flags.init]
+    except OSError as error:  # where another call was quicker, or the disk is full
+        fail("wan.smoke", error)
     run = out / "run"
     steps = f"--recall-steps {flags.steps // 4} --refine-steps {flags.steps - flags.steps // 4}"
     usual = f"{steps} --warmup 20 --log-every 5 --val-every {flags.steps} --eval-clips 0"

@@ -29,7 +29,7 @@ from huggingface_hub import (
 from safetensors import safe_open
 from torch import nn
 
-from engine.files import atomic, one_line, read_json, shorten, write_json
+from engine.files import atomic, check_fetched, one_line, read_json, shorten, write_json
 from univigu import PRESETS, UniViGU
 
 from .names import (
@@ -50,17 +50,25 @@ from .published import PublishedConfig, build, config_from
 
 OPTIONS = {f.name for f in fields(PublishedConfig)}  # of every Config
 WEIGHTS = "diffusion_pytorch_model"
+# What Wan2.2 has instead of one transformer, or beside it: others draw at other clocks.
+SECOND = ("transformer_2", "high_noise_model", "low_noise_model")
 JSON = [
     "config.json",
     "train.json",
     "world.json",
+    "model_index.json",
     "transformer/config.json",
+    *(f"{name}/config.json" for name in SECOND),
     f"{WEIGHTS}*.json",
     f"transformer/{WEIGHTS}*.json",
 ]
 SHARD = "5GB"
 # Names of the parameters that Wan computes with in fp32 hold one of these.
 FP32 = re.compile("norm|modulation|time_embedding|time_projection")
+# What other programs put before a parameter's name, FSDP and torch.compile also within it.
+WRAPPERS = r"_fsdp_wrapped_module\.|_orig_mod\."
+PREFIXES = re.compile(rf"^(?:model\.|module\.|diffusion_model\.|{WRAPPERS})+|{WRAPPERS}")
+LORA = re.compile("lora|lokr|hada_|dora_scale")
 
 
 class Tensor(NamedTuple):
@@ -220,14 +228,17 @@ def config(path_or_hub_id, *, base=None, **overrides):
 def is_wan(checkpoint):
     """Whether a checkpoint is one of the real world, in a layout of its own or on the hub.
 
-    Otherwise it is a folder that train.py wrote, or nothing.
+    Otherwise it is a folder that train.py wrote, or nothing. True, too, for a file and for weights
+    that find() refuses.
     """
     path = Path(checkpoint)
     if path.is_dir():
-        has_weights = any(path.glob("*.pth")) or any(path.glob(f"{WEIGHTS}*"))
-        return has_weights or (path / "transformer").is_dir()
+        foreign = any(any(path.glob(name)) for name in ("*.pth", f"{WEIGHTS}*"))
+        foreign |= any((path / name).is_dir() for name in ("transformer", *SECOND))
+        others = any(path.glob("*.safetensors")) and not (path / "model.safetensors").is_file()
+        return foreign or others
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)) is not None
-    return path.suffix == ".pth" or (is_hub_id and not path.exists())
+    return path.is_file() or path.suffix == ".pth" or is_hub_id
 
 
 def layout(path_or_hub_id):
@@ -252,8 +263,9 @@ def find(path_or_hub_id, weights=True):
     path = download(path_or_hub_id, *JSON) if remote else Path(path_or_hub_id)
     if path.is_file():
         if path.suffix != ".pth":
-            raise ValueError(f"checkpoint {path} is a file, wanted a folder or a .pth file")
+            raise ValueError(f"checkpoint {path} {what_file(path)}")
         return "published", path
+    check_one_model(path)
     inner = path / "transformer"
     folder = inner if (inner / "config.json").is_file() else path
     kind = layout_of(folder / "config.json")
@@ -265,6 +277,41 @@ def find(path_or_hub_id, weights=True):
         wan = folder.relative_to(path) / f"{WEIGHTS}*.safetensors"
         download(path_or_hub_id, "model.safetensors" if kind == "own" else str(wan))
     return kind, folder
+
+
+def check_one_model(folder):
+    """Raises ValueError for Wan2.2, in the diffusers or the official layout, or a part of it."""
+    root = folder.parent if folder.name in ("transformer", *SECOND) else folder
+    index = root / "model_index.json"
+    said = read_json(index) if index.is_file() else {}
+    second = [name for name in SECOND if (root / name).is_dir()]
+    second += [name for name in said if name.startswith("transformer_") and any(said[name] or ())]
+    if second:
+        raise ValueError(
+            f"{root} is a Wan2.2 of two models, it has {', '.join(dict.fromkeys(second))}: each "
+            "draws at its own noise levels. Wanted a Wan2.1, which has one transformer"
+        )
+    if said.get("expand_timesteps"):
+        raise ValueError(f"{index} has expand_timesteps, as the 5B of Wan2.2, wanted a Wan2.1")
+
+
+def what_file(path):
+    """What a file is that is given as a checkpoint, and what is wanted."""
+    wanted = "wanted a folder or a .pth file"
+    if path.suffix != ".safetensors":
+        return f"is a file, {wanted}"
+    names = [PREFIXES.sub("", name) for name in local_header(path)]
+    if any(map(LORA.search, names)):
+        return "holds a LoRA, wanted a whole model: merge it into its Wan2.1 first"
+    if (path.parent / "config.json").is_file():
+        return f"is one file of a checkpoint, wanted its folder, {path.parent}"
+    for kind in CLASSES:
+        if sum(our_name(name, kind) is not None for name in names) > len(names) / 2:
+            return (
+                f"holds Wan's weights ({kind} layout) alone, wanted a folder with them as "
+                f"{WEIGHTS}.safetensors, and the config.json of their Wan2.1"
+            )
+    return f"holds {len(names)} tensors that are no Wan's ({shorten(names[:3])}, ...), {wanted}"
 
 
 def layout_of(path):
@@ -281,8 +328,11 @@ def layout_of(path):
 
 
 def the_pth(folder, path_or_hub_id):
-    """The one .pth file in a folder. Raises FileNotFoundError where there is not one."""
+    """The one .pth file in a folder. Raises FileNotFoundError where there is not one, ValueError
+    where other weights are in its place."""
     files = sorted(folder.rglob("*.pth"))
+    if not files and (alone := sorted(folder.glob("*.safetensors"))):
+        raise ValueError(f"checkpoint {alone[0]} {what_file(alone[0])}")
     if len(files) != 1:
         there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
         raise FileNotFoundError(
@@ -435,6 +485,10 @@ def open_checkpoint(path_or_hub_id, weights):
         tensors = open_pth(where)
     else:
         tensors = open_safetensors(where, "model" if kind == "own" else WEIGHTS, hub_id)
+    names = Counter(PREFIXES.sub("", name) for name in tensors)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{where} has {shorten(twice)} more than once, with different prefixes")
+    tensors = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items()}
     ours = {theirs: our_name(theirs, kind) for theirs in tensors}
     if kind == "published" and not any(ours.values()):
         has = shorten(list(tensors)) or "no tensors"
@@ -484,6 +538,7 @@ def local_header(path):
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except Exception as error:  # the library's own errors for damaged files
+        check_fetched(path)
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read: {reason}") from None
     if odd := [f"{name} {kind}" for name, kind in dtypes.items() if not re.match("B?F[0-9]", kind)]:
@@ -501,23 +556,23 @@ def read_tensor(path, name):
 
 
 def open_pth(path):
-    """{name: Tensor} of a published file, without the prefixes of FSDP and torch.compile.
+    """{name: Tensor} of a published file.
 
     No pickled code runs. Raises ValueError for a file that is damaged or holds more than tensors.
     """
     try:
         stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["model"]
         return {
-            re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name): Tensor(
-                tuple(tensor.shape), partial(torch.Tensor.detach, tensor)
-            )
+            name: Tensor(tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
             for name, tensor in stored.items()
         }
     except pickle.UnpicklingError:
+        check_fetched(path)
         raise ValueError(
             f"{path} holds more than tensors, and is not read: what it pickles could run code"
         ) from None
     except Exception as error:  # truncated and foreign files fail in many ways
+        check_fetched(path)
         raise ValueError(
             f"{path} is not read, found {type(error).__name__}: {one_line(error)[:200]}, "
             "wanted torch.save of a dict with tensors by name under 'model'"
