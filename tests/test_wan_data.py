@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import write_wan_folder
 
 from engine.options import run_command
-from engine.video import read_clip, read_frames
+from engine.video import on_screen, read_clip, timed_pictures
 from univigu import Config, UniViGU
 from wan import caption, prepare
 from wan.codec import Codec, PromptEncoder, Tokenizer
@@ -49,21 +50,21 @@ CAPTION = "a large red circle moves right on a black background"
 # ---------------------------------------------------------------- films that tell what they show
 
 
-def film(path, times, size=(48, 64), level=10, picture=None, **options):
+def film(path, times, size=(48, 64), level=10, picture=None, rate=240, **options):
     """A video of frames shown at `times` (s); frame i is grey of value level * i, or picture(i).
 
-    size: rows, columns; options: the file format's.
+    size: rows, columns; rate: ticks a second, and the last frame lasts one; options: the format's.
     """
     picture = picture or (lambda i: np.full((*size, 3), level * i, np.uint8))
     with av.open(str(path), "w", options=options) as file:
         stream = file.add_stream(
-            {".webm": "libvpx-vp9"}.get(path.suffix, "libx264"), rate=240, options={"crf": "4"}
+            {".webm": "libvpx-vp9"}.get(path.suffix, "libx264"), rate=rate, options={"crf": "4"}
         )
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 240)
+        stream.codec_context.time_base = Fraction(1, rate)
         for i, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
-            frame.pts, frame.time_base = round(time * 240), Fraction(1, 240)
+            frame.pts, frame.time_base = round(time * rate), Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
@@ -75,50 +76,58 @@ def gif(path, frames, milliseconds, size=(48, 64), level=10):
     return path
 
 
-def shown(path, limit=100, level=10):
+def shown(path, level=10):
     """The number of the frame that each frame at 16 fps is."""
     return [
-        round(value / level)
-        for value in read_frames(path, limit, lambda image: np.asarray(image).mean())
+        round(np.asarray(picture()).mean() / level) for picture in on_screen(timed_pictures(path))
     ]
 
 
-def nearest(times, unit=240):
-    """Which frame is nearest to k / 16 s, while the film lasts: half a frame after the last.
-
-    unit: a second in the file's ticks.
-    """
-    times = [Fraction(round(round(time * 240) / 240 * unit), unit) for time in times]
-    end = times[-1] + (times[-1] - times[-2]) / 2
+def wanted(times, end):
+    """Which frame is on screen at k / 16 s, from the first one's time to `end`, all in seconds."""
+    times, end = [time - times[0] for time in times], end - times[0]
     return [
-        min(range(len(times)), key=lambda i: (abs(times[i] - Fraction(k, 16)), -i))
-        for k in range(math.ceil(end * 16))
+        max(i for i, time in enumerate(times) if time <= k / 16 + 0.0005)
+        for k in range(math.ceil(end * 16 - 0.01))
     ]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm", ".mkv", ".avi"])
 @pytest.mark.parametrize("fps", [8, 16, 24, 30, 60])
 def test_a_video_is_retimed_by_its_timestamps(suffix, fps, tmp_path):
     times = [i / fps for i in range(17)]
-    assert shown(film(tmp_path / f"clip{suffix}", times)) == nearest(
-        times, 1000 if suffix == ".webm" else 240
-    )
+    path = film(tmp_path / f"clip{suffix}", times, rate=fps)
+    assert shown(path) == wanted(times, 17 / fps)
 
 
 def test_retiming_follows_uneven_timestamps_and_ignores_a_late_start(tmp_path):
     times = [0, 0.05, 0.3, 0.35, 0.4, 0.9, 1.0, 1.5]
-    assert shown(film(tmp_path / "uneven.mp4", times)) == nearest(times)
-    assert shown(film(tmp_path / "late.mp4", [time + 1 for time in times])) == nearest(times)
+    assert shown(film(tmp_path / "uneven.mp4", times)) == wanted(times, 1.5 + 1 / 240)
+    late = [time + 1 for time in times]
+    assert shown(film(tmp_path / "late.mp4", late)) == wanted(late, 2.5 + 1 / 240)
 
 
-def test_a_clip_at_16_fps_and_a_gif_and_an_image_keep_their_frames(tmp_path):
+def test_a_picture_is_shown_until_the_next_and_the_last_as_long_as_the_file_says(tmp_path):
+    for times in ([0.5, 0.7, 1.3], [2, 2, 2], [0.12] * 5):
+        path = gif(tmp_path / "clip.gif", len(times), [round(1000 * time) for time in times])
+        starts = [sum(times[:i]) for i in range(len(times))]
+        assert shown(path) == wanted(starts, sum(times))
+    slides = film(tmp_path / "slides.mkv", [0, 1, 3])  # says no more than how long it lasts
+    with av.open(str(slides)) as file:
+        length = file.duration / 1e6
+    assert 3 < length and shown(slides) == wanted([0, 1, 3], length)
+
+
+def test_a_clip_at_16_fps_and_images_keep_their_frames(tmp_path):
     for n in (1, 5, 9, 16):
         assert shown(film(tmp_path / f"{n}.webm", [i / 16 for i in range(n)])) == list(range(n))
-    assert shown(gif(tmp_path / "clip.gif", 5, 120)) == nearest([0, 0.12, 0.24, 0.36, 0.48])
-    Image.new("RGB", (64, 48), (70, 70, 70)).save(tmp_path / "image.png")
-    Image.new("RGB", (64, 48), (70, 70, 70)).save(tmp_path / "image.jpg")
-    assert shown(tmp_path / "image.png") == shown(tmp_path / "image.jpg") == [7]
-    assert shown(tmp_path / "16.webm", limit=3) == [0, 1, 2]
+    (tmp_path / "frames").mkdir()
+    for i, name in enumerate(("2.png", "10.JPG", "11.jpeg")):
+        Image.new("RGB", (64, 48), (70 + 10 * i,) * 3).save(tmp_path / "frames" / name)
+    assert shown(tmp_path / "frames") == [7, 8, 9]
+    assert shown(tmp_path / "frames/2.png") == [7] and shown(tmp_path / "frames/10.JPG") == [8]
+    np.save(tmp_path / "a.npy", np.full((3, 48, 64, 3), 40, np.uint8))
+    assert shown((tmp_path / "a.npy").rename(tmp_path / "a.NPY")) == [4, 4, 4]
 
 
 # ---------------------------------------------------------------- sizes
@@ -129,7 +138,7 @@ def test_a_clip_is_resized_and_cropped_at_the_centre(tmp_path):
     picture = np.zeros((rows, columns, 3), np.uint8)
     picture[..., 0], picture[..., 1] = np.arange(columns) * 2, np.arange(rows)[:, None] * 5
     Image.fromarray(picture).save(tmp_path / "ramp.png")
-    frames, cut = read_clip(tmp_path / "ramp.png", [(16, 16)], 1, 1)
+    frames, cut = read_clip(tmp_path / "ramp.png", [(16, 16)], 1)
     assert frames.shape == (1, 16, 16, 3) and frames.dtype == np.uint8 and not cut
     centre = (
         np.arange(16) + 0.5
@@ -147,23 +156,59 @@ def test_a_clip_goes_to_the_nearest_aspect_ratio(tmp_path):
         (10, 100, (32, 48)),
     ):
         Image.new("RGB", (columns, rows)).save(tmp_path / "image.png")
-        assert read_clip(tmp_path / "image.png", sizes, 1, 1)[0].shape[1:3] == wanted
+        assert read_clip(tmp_path / "image.png", sizes, 1)[0].shape[1:3] == wanted
 
 
-def test_a_phone_video_stands_upright(tmp_path):
-    """Phones film lying and note the rotation in the track header, as a matrix."""
-    path = film(tmp_path / "phone.mp4", [i / 16 for i in range(2)], size=(32, 64))
-    identity, turned = (
-        [struct(n) for n in matrix] for matrix in ((1, 0, 0, 0, 1), (0, 1, 0, -1, 0))
-    )
+CORNERS = np.zeros((32, 64, 3), np.uint8)  # a picture that looks the same in no other position
+CORNERS[:16, :32], CORNERS[:16, 32:], CORNERS[16:, :32] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+# A display matrix (a b, c d) or an EXIF orientation, and what it makes of the stored pixels: as
+# EXIF's standard draws its eight.
+POSITIONS = [
+    ((1, 0, 0, 1), 1, lambda x: x),
+    ((-1, 0, 0, 1), 2, lambda x: x[:, ::-1]),
+    ((-1, 0, 0, -1), 3, lambda x: x[::-1, ::-1]),
+    ((1, 0, 0, -1), 4, lambda x: x[::-1]),
+    ((0, 1, 1, 0), 5, lambda x: x.transpose(1, 0, 2)),
+    ((0, 1, -1, 0), 6, lambda x: np.rot90(x, -1)),
+    ((0, -1, -1, 0), 7, lambda x: np.rot90(x, 2).transpose(1, 0, 2)),
+    ((0, -1, 1, 0), 8, lambda x: np.rot90(x)),
+]
+
+
+@pytest.mark.parametrize("matrix, orientation, position", POSITIONS)
+def test_a_video_or_photograph_stands_upright(matrix, orientation, position, tmp_path):
+    """Phones film lying and note how in the track header, as a matrix, or in EXIF."""
+    path = film(tmp_path / "phone.mp4", [0, 1 / 16], size=(32, 64), picture=lambda i: CORNERS)
     raw = path.read_bytes()
-    at = raw.index(b"".join(identity), raw.index(b"tkhd"))
-    path.write_bytes(raw[:at] + b"".join(turned) + raw[at + 20 :])
-    assert read_frames(path, 9, lambda image: image.size) == [(32, 64)] * 2
+    at = raw.index(b"tkhd") + 44
+    a, b, c, d = matrix
+    packed = struct.pack(">5i", *(65536 * n for n in (a, b, 0, c, d)))
+    path.write_bytes(raw[:at] + packed + raw[at + 20 :])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("photo.jpg", "photo.png"):
+        Image.fromarray(CORNERS).save(tmp_path / name, exif=exif)
+    for name in ("phone.mp4", "photo.jpg", "photo.png"):
+        _, picture = next(timed_pictures(tmp_path / name))
+        found, upright = np.asarray(picture()), position(CORNERS)
+        assert found.shape == upright.shape and np.abs(found - 1.0 * upright).mean() < 12, name
 
 
-def struct(n):
-    return (n * 65536).to_bytes(4, "big", signed=True)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_pixels_that_are_not_square_are_stretched(suffix, tmp_path):
+    """Stored 64 x 48, with pixels twice as wide as high, and half as wide."""
+    for aspect, size in ((Fraction(2), (128, 48)), (Fraction(1, 2), (64, 96))):
+        path = tmp_path / f"wide{suffix}"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("mpeg4", rate=16)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.sample_aspect_ratio = aspect
+            for _ in range(2):
+                blank = np.zeros((48, 64, 3), np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(blank, format="rgb24")))
+            file.mux(stream.encode())
+        _, picture = next(timed_pictures(path))
+        assert picture().size == size
 
 
 # ---------------------------------------------------------------- a prepared folder
@@ -258,7 +303,7 @@ def words(flags):
 @pytest.fixture(scope="module")
 def usual(films, index, wan, limits):
     """The flags of wan.prepare but --out."""
-    flags = {"--videos": films, "--index": index, "--wan": wan, "--frames": 9}
+    flags = {"--videos": films, "--index": index, "--wan": wan, "--frames": 9, "--min-frames": 9}
     return flags | {"--sizes": "32x48,48x32", "--shard-clips": 4} | limits
 
 
@@ -313,7 +358,7 @@ def test_a_clip_is_stored_as_codec_encoder_and_tokenizer_give_it(whole, films, w
     for video in ("a.mp4", "more/b.webm"):
         ids = tokenizer.ids(f"{CAPTION} and left")
         z_v, c, prompt, caption_ids = clips[video, tuple(ids)]
-        frames, _ = read_clip(films / video, [(32, 48), (48, 32)], 9, 9)
+        frames, _ = read_clip(films / video, [(32, 48), (48, 32)], 9)
         assert frames.shape == ((9, 32, 48, 3) if video == "a.mp4" else (9, 48, 32, 3))
         wanted = codec.encode(
             torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
@@ -362,7 +407,7 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
         (row("loop.mp4"), "does not exist"),
         (row("a\0.mp4"), "null"),
         (row("x" * 300 + ".mp4"), "name too long"),
-        (row("more"), "does not exist"),
+        (row("more"), "without PNG or JPEG frames"),
         (row("none.mp4"), "does not exist"),
         (row("notes.txt"), "'.txt', wanted one of .mp4"),
         (row("text.mp4"), "cannot be read"),
@@ -370,7 +415,7 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
         (row("cut.mp4"), "video "),
         (row("damaged.mp4"), "video "),
         (row("zeros.mp4"), "video"),
-        (row("short.mp4"), "7 frames at 16 fps, wanted 9"),
+        (row("short.mp4"), "5 frames at 16 fps, wanted 9"),
         (row("image.png"), "1 frames at 16 fps, wanted 9"),
         (row("a.mp4", prompt=PROMPT * 20), "prompt has"),
         (row("a.mp4", caption="no"), "caption has"),
@@ -534,7 +579,7 @@ def test_other_settings_are_refused(go, whole, tmp_path, capsys):
     before = contents(out)
     other = write_index(tmp_path / "other.jsonl", [row("a.mp4")])
     for flags, index_flag, words in (
-        (["--frames", 5], {}, "frames 5 9"),
+        (["--frames", 5, "--min-frames", 5], {}, "frames 5 9"),
         (["--sizes", "48x32"], {}, "sizes [[48,"),
         (["--latents", "raw"], {}, "raw normalised"),
         ([], {"index": other}, "index"),

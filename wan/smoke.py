@@ -24,7 +24,7 @@ import wan
 from engine.files import check_folder, read_json, write_json
 from engine.options import Parser, fail, run_command
 from engine.pages import read_lines
-from engine.video import FPS, read_resized, write_video
+from engine.video import FPS, read_clip, to_frames, write_video
 from univigu import interpolate, noise_like, understand
 
 VAE = "diffusion_pytorch_model.safetensors"
@@ -82,7 +82,7 @@ def normalise(folder, videos):
     plain = {n: 0 * x if n.endswith("bias") else x for n, x in load_file(weights).items()}
     save_file(plain, weights, {"format": "pt"})  # random biases would drown what is in a video
     codec = Codec(folder)
-    frames = torch.cat([read_resized(video, [(32, 48)], 9) for video in videos])
+    frames = torch.cat([to_frames(read_clip(video, [(32, 48)], 9)[0]) for video in videos])
     mu = codec.encode(frames) * codec.std + codec.mean
     apart = (mu - mu.mean(0)).std((0, 2, 3, 4)).tolist()
     stored = read_json(file) | {"latents_mean": mu.mean((0, 2, 3, 4)).tolist()}
