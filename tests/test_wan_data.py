@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import write_wan_folder
 
 from engine.options import run_command
-from engine.video import on_screen, read_clip, timed_pictures
+from engine.video import on_screen, read_clip, read_windows, timed_pictures
 from univigu import Config, UniViGU
 from wan import caption, prepare
 from wan.codec import Codec, PromptEncoder, Tokenizer
@@ -209,6 +209,78 @@ def test_pixels_that_are_not_square_are_stretched(suffix, tmp_path):
             file.mux(stream.encode())
         _, picture = next(timed_pictures(path))
         assert picture().size == size
+
+
+@pytest.mark.parametrize("matrix, luma", [(1, (0.2126, 0.0722)), (5, (0.299, 0.114))])
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+def test_colours_are_those_of_the_matrix_and_range_that_a_file_names(matrix, luma, full, tmp_path):
+    """BT.709 and BT.601, by their formulas; matrix is FFmpeg's number."""
+    rgb = np.array([200, 60, 30]) / 255
+    red, blue = luma
+    y = rgb @ (red, 1 - red - blue, blue)
+    chroma = [(rgb[2] - y) / (2 - 2 * blue), (rgb[0] - y) / (2 - 2 * red)]
+    scale, least = (255, 255) if full else (219, 224)
+    planes = [y * scale + (0 if full else 16), *(c * least + 128 for c in chroma)]
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=16, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
+        grey = np.ones((3, 48, 64))
+        pixels = (grey * np.reshape(planes, (3, 1, 1))).round().astype(np.uint8)
+        frame = av.VideoFrame.from_ndarray(pixels, format="yuv444p")
+        frame.colorspace, frame.color_range = matrix, 1 + full
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    pixels, _ = read_clip(tmp_path / "clip.mp4", [(48, 64)], 1)
+    assert np.abs(pixels - 255 * rgb).max() < 2
+
+
+def test_grey_of_16_bits_is_not_clipped(tmp_path):
+    Image.fromarray(np.full((48, 64), 300 * 100, np.uint16)).save(tmp_path / "deep.png")
+    pixels, _ = read_clip(tmp_path / "deep.png", [(48, 64)], 1)
+    assert (pixels == 30000 // 256).all()
+
+
+def test_what_is_another_kind_than_its_name_says_is_named(tmp_path):
+    film(tmp_path / "clip.webm", [0, 1 / 16]).rename(tmp_path / "clip.mp4")
+    gif(tmp_path / "clip.gif", 2, 100).rename(tmp_path / "clip.mkv")
+    song(tmp_path / "song.mp4")
+    for name, words in (
+        ("clip.mp4", "it is a WebM or Matroska file, wanted it named .webm or .mkv"),
+        ("clip.mkv", "it is a GIF file, wanted it named .gif"),
+        ("song.mp4", "it is a song with cover art"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: {words}"):
+            read_clip(tmp_path / name, [(16, 16)], 1)
+
+
+def song(path):
+    """Half a second of silence, and a cover as players' libraries store it: moov/udta/.../covr."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        sound.rate = 16000
+        file.mux([*stream.encode(sound), *stream.encode()])
+    Image.new("RGB", (64, 48)).save(path.with_suffix(".jpg"))
+
+    def box(name, content):
+        return struct.pack(">I", 8 + len(content)) + name + content
+
+    data = box(b"data", struct.pack(">2I", 13, 0) + path.with_suffix(".jpg").read_bytes())
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    meta = box(b"meta", bytes(4) + handler + box(b"ilst", box(b"covr", data)))
+    raw = path.read_bytes()
+    at = raw.index(b"moov") - 4  # the last box of the file
+    path.write_bytes(raw[:at] + box(b"moov", raw[at + 8 :] + box(b"udta", meta)))
+
+
+def test_a_longer_video_is_cut_into_windows_of_4n_plus_1_frames(tmp_path):
+    path = film(tmp_path / "long.mp4", [i / 16 for i in range(24)], rate=16)
+    cut = list(read_windows(path, 9, lambda image: round(np.asarray(image).mean() / 10)))
+    assert cut == [(list(range(9)), True), (list(range(9, 18)), True), ([*range(18, 23)], True)]
+    assert list(read_windows(path, 9, np.asarray, first=2))[0][0][0].mean() == pytest.approx(180, 2)
+    with pytest.raises(ValueError, match="long.mp4 cannot be read: it ends before window 3 of 9"):
+        read_clip(path, [(48, 64)], 9, window=3)
 
 
 # ---------------------------------------------------------------- a prepared folder
@@ -430,16 +502,20 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
     assert len(clips_of(out)) == 1
 
 
-def test_shorter_videos_are_taken_where_a_flag_says_so(go, tmp_path):
-    rows = [row("short.mp4"), row("image.png"), row("a.mp4")]
+def test_videos_of_any_length_give_what_their_windows_show(go, tmp_path):
+    rows = [row("short.mp4"), row("image.png"), row("a.mp4"), row("a.mp4", window=1)]
+    rows += [row("a.mp4", window=9), row("a.mp4", window="1")]
     out = go(tmp_path / "out", "--min-frames", 1, index=write_index(tmp_path / "index.jsonl", rows))
     manifest = json.loads((out / "manifest.json").read_text())
     assert {size: bucket["clips"] for size, bucket in manifest["buckets"].items()} == {
         "1x32x48": 1,
-        "5x32x48": 1,
+        "5x32x48": 2,
         "9x32x48": 1,
     }
-    assert manifest["cut"] == 2 and rejected(out) == []
+    assert manifest["cut"] == 2
+    late, text = rejected(out)
+    assert late["line"] == 5 and "ends before window 9 of 9 frames" in late["reason"]
+    assert text["line"] == 6 and text["reason"] == "window is '1', wanted its number, from 0"
 
 
 def test_latents_and_embeddings_that_are_not_finite_are_refused(go, tmp_path, monkeypatch):
@@ -1180,6 +1256,13 @@ def test_captions_are_asked_for_until_their_length_fits(
         assert len(asked) == 2 + 4  # the second time, nothing is asked
         with open(out, "a") as file:
             file.write('{"video": "a.m')  # as a kill leaves it
+    prompts.write_text(json.dumps({"video": "a.mp4", "prompt": PROMPT}) + "\n")
+    flags |= {"--out": tmp_path / "windows.jsonl", "--frames": 9}
+    for _ in range(2):
+        caption.main([*words(flags), "--window"])
+        rows = [json.loads(line) for line in (tmp_path / "windows.jsonl").read_text().splitlines()]
+        assert rows == [row("a.mp4", caption=f"{CAPTION} and more", window=i) for i in range(2)]
+        assert [shown for _, shown, *_ in asked[6:]] == [3, 3, 3, 3]  # nothing is asked again
     (model, shown, size, question, sample), (*_, again) = asked[:2]
     assert (model, shown, size) == ("vlm", 3, (64, 48)) and PROMPT in question
     assert (sample, again) == (False, True)
