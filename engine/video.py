@@ -22,6 +22,7 @@ from engine.files import atomic, check_writable, one_line
 
 FORMATS = (".gif", ".mp4", ".npy", "")  # that are written; "" is a folder of PNG frames
 FPS = 16  # Wan's
+BEFORE = 2  # s: so far before a window its decoding begins
 TOLERANCE = Fraction(1, 1000)  # s: what the times in a file may be rounded by
 DEMUXERS = {  # FFmpeg's names
     ".mp4": "mov",
@@ -93,16 +94,16 @@ def reading(path):
         raise ValueError(f"video {path} cannot be read: {said or one_line(error)}") from None
 
 
-def timed_pictures(path):
+def timed_pictures(path, since=0):
     """What a video shows: (time, picture) pairs, and last (its length, None).
 
     The time is a Fraction, in seconds after the first picture, from when the picture is on screen;
-    picture() is a PIL image, RGB, as players show it. What has no times has 16 a second. Raises
-    ValueError, or errors of the decoder's.
+    picture() is a PIL image, RGB, as players show it. What has no times has 16 a second. Pictures
+    that are gone at the time `since` may be missing. Raises ValueError, or the decoder's errors.
     """
     ending = "" if path.is_dir() else path.suffix.lower()
     if ending in DEMUXERS:
-        yield from decoded(path, ending)
+        yield from decoded(path, ending, since)
         return
     if ending == ".npy":
         pictures = [partial(Image.fromarray, frame) for frame in stored_array(path)]
@@ -133,8 +134,8 @@ def upright_still(path):
     return image.convert("RGB")
 
 
-def decoded(path, ending):
-    """timed_pictures of a file that FFmpeg reads."""
+def decoded(path, ending, since=0):
+    """timed_pictures of a file that FFmpeg reads. Seeks where `since` is late enough."""
     import av
 
     check_beginning(path, DEMUXERS[ending])
@@ -147,7 +148,13 @@ def decoded(path, ending):
         # AVI does not say when pictures are shown: one after the other, as they are decoded.
         clock, ticks = "dts" if ending == ".avi" else "pts", -1
         show, time, gap, end = screen(stream), Fraction(0), Fraction(0), 0
-        for packet in file.demux(stream):
+        packets, sought = file.demux(stream), False
+        if since > BEFORE and ending != ".gif":  # in a GIF one cannot seek
+            first = next((frame for packet in packets for frame in packet.decode()), None)
+            start, sought = getattr(first, clock, None) or 0, True
+            file.seek(start + int((since - BEFORE) / stream.time_base), stream=stream)
+            packets = file.demux(stream)
+        for packet in packets:
             began = getattr(packet, clock)
             if began is not None and packet.duration and not packet.is_discard:
                 end = max(end, began + packet.duration)
@@ -164,6 +171,10 @@ def decoded(path, ending):
                 start = ticks if start is None else start
                 before, time = time, (ticks - start) * frame.time_base
                 gap = time - before
+                if sought and time > since:  # a file without a good index
+                    yield from decoded(path, ending)
+                    return
+                sought = False
                 yield time, partial(show, frame)
         if start is None:
             raise ValueError("it has no frames")
@@ -180,8 +191,9 @@ def check_beginning(path, demuxer):
         begins = file.read(16)
     for at, mark, kind, right in BEGINNINGS:
         if begins[at:].startswith(mark) and right != demuxer:
-            named = " or ".join(e for e, d in DEMUXERS.items() if d == right) or "a still's ending"
-            raise ValueError(f"it is a {kind} file, wanted it named {named}")
+            names = " or ".join(ending for ending in DEMUXERS if DEMUXERS[ending] == right)
+            wanted = f"it named {names}" if names else "a video"
+            raise ValueError(f"it is a {kind} file, wanted {wanted}")
 
 
 def screen(stream):
@@ -294,7 +306,8 @@ def read_windows(path, frames, fit, first=0):
     """
     path = Path(path)
     with reading(path):
-        images = fitted(on_screen(timed_pictures(path), first * frames), fit)
+        k = first * frames
+        images = fitted(on_screen(timed_pictures(path, Fraction(k, FPS)), k), fit)
         rest = list(islice(images, 1))
         if not rest:
             raise ValueError(f"it ends before window {first} of {frames} frames")
