@@ -284,7 +284,8 @@ def to_describe(flags, world):
     folder = Path(flags.videos)
     if not folder.is_dir():
         raise ValueError(f"--videos {folder} is no folder")
-    videos = sorted(filter(is_video, folder.iterdir()))
+    shown = (path for path in folder.iterdir() if path.name[0] != ".")
+    videos = sorted(filter(is_video, shown))
     if not videos:
         wanted = f"{', '.join(READABLE)} or folder of frames"
         raise ValueError(f"--videos {folder} holds no {wanted}")

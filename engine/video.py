@@ -6,6 +6,7 @@ what is on screen 16 times a second.
 """
 
 import math
+import os
 import re
 from contextlib import contextmanager
 from fractions import Fraction
@@ -61,18 +62,20 @@ def to_frames(pixels):
 
 def is_video(path):
     """Whether a file, or a folder of frames, is named like something that can be read."""
-    return bool(stills_of(path)) if path.is_dir() else path.suffix.lower() in READABLE
+    if path.is_dir():
+        return os.access(path, os.R_OK) and bool(stills_of(path))
+    return path.suffix.lower() in READABLE
 
 
 def stills_of(folder):
-    """The PNG and JPEG files of a folder, 2.png before 10.png."""
+    """The PNG and JPEG files of a folder, 2.png before 10.png; none that are hidden."""
 
     def by_number(file):
         parts = re.split(r"(\d+)", file.name)
         return [int(part) if part.isdecimal() else part for part in parts]
 
     files = (file for file in folder.iterdir() if file.suffix.lower() in STILLS)
-    return sorted(files, key=by_number)
+    return sorted((file for file in files if file.name[0] != "."), key=by_number)
 
 
 @contextmanager

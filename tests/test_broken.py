@@ -153,7 +153,7 @@ def real(tmp_path_factory):
     return root
 
 
-PREPARE = "--frames 9 --sizes 32x48 --caption-tokens 4-40".split()
+PREPARE = "--frames 9 --min-frames 9 --sizes 32x48 --caption-tokens 4-40".split()
 
 
 def row(video, prompt="a red ball moves", caption="a red ball moves right on a dark background"):

@@ -876,12 +876,14 @@ def test_a_file_of_prompts_gives_what_the_prompts_give_one_by_one(use, work):
 
 def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
     (work / "videos").mkdir()
-    for i, name in enumerate(("b.npy", "a.mp4", "c.gif")):
+    for i, name in enumerate(("b.npy", "a.mp4", "c.gif", "d")):
         write_video(work / "videos" / name, clips[0][i : i + 1])
-    (work / "videos" / "notes.txt").write_text("not a video")
+    for name in ("notes.txt", "._a.mp4"):
+        (work / "videos" / name).write_text("not a video")
     said = use("understand", "--videos", "videos", "--out", "captions.jsonl")
     assert said == (work / "captions.jsonl").read_text()
-    assert [json.loads(line)["video"] for line in said.splitlines()] == ["a.mp4", "b.npy", "c.gif"]
+    found = [json.loads(line)["video"] for line in said.splitlines()]
+    assert found == ["a.mp4", "b.npy", "c.gif", "d"]
 
 
 @pytest.mark.parametrize(
@@ -897,6 +899,7 @@ def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
         ("generate", ["--prompt", PROMPT, "--size", "32x32"], ["32x32", "24x24"]),
         ("joint", ["--prompt", PROMPT, "--frames", 13], ["13 frames", "9 of"]),
         ("generate", ["--prompt", PROMPT, "--shift", 0], ["--shift is 0"]),
+        ("understand", ["--videos", ".", "--window"], ["--window", "one length"]),
         ("understand", ["--videos", ""], ["--videos", "empty"]),
         ("understand", ["--video", ""], ["--video", "empty"]),
         ("joint", ["--prompts", ".", "--out", "x"], ["--prompts"]),
