@@ -13,7 +13,8 @@
 
 A checkpoint is a folder that train.py wrote, or, of the real world, Wan2.1 or the published
 Uni-ViGU, as a path or hub id (see wan/weights.py). Videos, in and out: .gif, .mp4, .npy (frames,
-rows, columns, 3; uint8), or a folder of PNG frames; in alone, on real weights: .mov, .webm.
+rows, columns, 3; uint8), or a folder of PNG frames; in alone: .mov, .webm, .mkv, .avi, a folder of
+JPEG frames, or one PNG or JPEG image.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from engine.threads import spin_briefly_beside_others
 if __name__ == "__main__":
     spin_briefly_beside_others()
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +42,16 @@ from engine.graphs import captured_text_steps
 from engine.options import run_command
 from engine.rows import append_row, read_rows
 from engine.sampling import parse
-from engine.video import check_video_out, read_resized, read_video, write_video
+from engine.video import (
+    READABLE,
+    check_video_out,
+    crop_to,
+    is_video,
+    read_video,
+    read_windows,
+    to_frames,
+    write_video,
+)
 from engine.world import World, checked_sampling
 from univigu import Config, generate, joint, understand
 from wan.flags import WAN
@@ -257,7 +268,7 @@ def sampler_options(flags, checkpoint, shape):
 
 def writing_alone(flags):
     """A context in which nobody else goes on with what is in --out, where many samples go there."""
-    many = getattr(flags, "videos" if flags.mode == "understand" else "prompts")
+    many = in_rows(flags) if flags.mode == "understand" else flags.prompts
     if not many or not flags.out or flags.dry_run:
         return contextlib.nullcontext()
     out = Path(flags.out)
@@ -270,11 +281,12 @@ def to_describe(flags, world):
 
     Raises ValueError where that cannot be done.
     """
+    if flags.window and world.fixed_size:
+        raise ValueError("--window cuts longer videos, but this checkpoint has one length alone")
     if "" in (flags.video, flags.videos):
         raise ValueError("--video or --videos is empty, wanted a path")
     if flags.out:
-        is_video = Path(flags.out).suffix.lower() in (*world.endings, ".npy")
-        if is_video or os.path.isdir(flags.out):
+        if Path(flags.out).suffix.lower() in READABLE or os.path.isdir(flags.out):
             raise ValueError(
                 f"--out {flags.out} is a folder or named as a video, wanted a text file"
             )
@@ -284,17 +296,29 @@ def to_describe(flags, world):
     folder = Path(flags.videos)
     if not folder.is_dir():
         raise ValueError(f"--videos {folder} is no folder")
-    videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in world.endings)
+    shown = (path for path in folder.iterdir() if path.name[0] != ".")
+    videos = sorted(filter(is_video, shown))
     if not videos:
-        raise ValueError(f"--videos {folder} holds no {', '.join(world.endings)}")
+        wanted = f"{', '.join(READABLE)} or folder of frames"
+        raise ValueError(f"--videos {folder} holds no {wanted}")
+    done = () if flags.window else described(flags)
+    return [(i, video) for i, video in enumerate(videos) if (utf8_name(video), None) not in done]
+
+
+def described(flags):
+    """What --out has captions of: (name of the video, its window or None) pairs."""
     rows = read_rows(flags.out, "video", "caption") if flags.out else []
-    done = {row["video"] for row in rows}
-    return [(i, video) for i, video in enumerate(videos) if utf8_name(video) not in done]
+    return [(row["video"], row.get("window")) for row in rows]
 
 
 def utf8_name(path):
     """A file's name as UTF-8, whatever the locale; bytes that are none stay escaped."""
     return os.fsencode(path.name).decode(errors="surrogateescape")
+
+
+def in_rows(flags):
+    """Whether captions are JSON lines, as there may be many."""
+    return bool(flags.videos or flags.window)
 
 
 def to_draw(flags, world):
@@ -361,18 +385,14 @@ def is_object(line):
 
 
 def describe(flags, checkpoint, size, options, work):
-    """understand: prints the caption of a video, or those of a folder as JSON lines."""
+    """understand: prints the caption of a video, or many, of a folder or windows, as JSON lines."""
     world, model = checkpoint.world, None
+    done = described(flags) if flags.window else ()
     if checkpoint.needs_prompt and flags.prompt is None:
         print(f"{checkpoint.name}: {checkpoint.needs_prompt}; give --prompt", file=sys.stderr)
     (c,) = embed(world, [flags.prompt]) if flags.prompt is not None else (None,)
-    for i, video in work:
-        try:
-            frames = read(video, world, size, flags.size)
-        except (ValueError, OSError) as error:
-            if flags.video:
-                raise
-            print(f"left out: {one_line(error)}", file=sys.stderr)
+    for i, video, window, frames in clips(flags, world, size, work):
+        if (utf8_name(video), window) in done:
             continue
         z_v = world.codec.encode(frames)
         model = model or checkpoint.load()  # now: the only video may have been a wrong one
@@ -384,27 +404,48 @@ def describe(flags, checkpoint, size, options, work):
             y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
         caption = world.tokenizer.decode(y_hat.cpu())[0]
         row = {"video": utf8_name(video), "caption": caption}
+        row |= {} if window is None else {"window": window}
         row |= {} if flags.prompt is None else {"prompt": flags.prompt}
-        print(caption if flags.video else json.dumps(row, ensure_ascii=False), flush=True)
-        if flags.out and flags.video:
-            write_text(flags.out, caption + "\n")
-        elif flags.out:
+        print(json.dumps(row, ensure_ascii=False) if in_rows(flags) else caption, flush=True)
+        if flags.out and in_rows(flags):
             append_row(flags.out, row)
+        elif flags.out:
+            write_text(flags.out, caption + "\n")
         if record:
             write_page(flags, world, options, record.finish(y_hat), row)
     if model is None and not (flags.out and Path(flags.out).exists()):
         raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(work)}")
 
 
-def read(video, world, size, exactly):
-    """A video -> frames (1, 3, T, H, W) in [-1, 1].
+def clips(flags, world, size, work):
+    """What to describe: yields (number, video, window or None, frames (1, 3, T, H, W) in [-1, 1]).
 
-    Where sizes may differ, a video file is cut to `exactly` (H, W) or, where that is None, to the
-    most similar size of the training data.
+    Where sizes may differ, a video is cut to --size or, without it, to the most similar size of the
+    training data, and its first 4n + 1 frames at 16 fps are taken, at most size[0], or all in
+    windows. Of many videos, those that cannot be read are left out and named.
     """
-    if world.fixed_size or video.is_dir() or video.suffix == ".npy":
-        return read_video(video, size)
-    return read_resized(video, [exactly] if exactly else world.frame_sizes, size[0])
+    told = False
+    for i, video in work:
+        try:
+            if world.fixed_size:
+                yield i, video, None, read_video(video, size)
+                continue
+            fit = crop_to([flags.size] if flags.size else world.frame_sizes)
+            for window, (images, goes_on) in enumerate(read_windows(video, size[0], fit)):
+                if goes_on and not (flags.window or told):
+                    told = True
+                    print(
+                        f"{video}: its first {len(images)} frames at {world.fps} fps are described "
+                        f"(4n + 1, at most {size[0]}); --window describes longer videos whole",
+                        file=sys.stderr,
+                    )
+                yield i, video, window if flags.window else None, to_frames(np.stack(images))
+                if not flags.window:
+                    break
+        except (ValueError, OSError) as error:
+            if flags.video:
+                raise
+            print(f"left out: {one_line(error)}", file=sys.stderr)
 
 
 def draw(flags, checkpoint, shape, options, work):

@@ -40,10 +40,11 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "wan": "folder or hub id with Wan's VAE, umT5 and tokenizer (default: the checkpoint's own)",
     "video": "the video to describe",
     "videos": "folder of videos to describe, one after the other",
+    "window": "describe longer videos whole, --frames by --frames frames, as JSON lines",
     "recompute-video": "run the video's tokens in every step, not in the first alone: exact, and "
     "many times slower (always so with the published weights)",
-    "understand out": "text file to write the caption to as well; with --videos: {video, caption} "
-    "as JSON lines; an existing file is continued",
+    "understand out": "text file to write the caption to as well; with --videos or --window: "
+    "{video, caption} as JSON lines; an existing file is continued",
     "understand prompt": "the brief prompt of --video, where there is one (default: none). The "
     "model believes it: what a wrong prompt says may turn up in the caption",
     "generate prompt": 'what to draw, for example "a red circle moving right"; empty: --caption '
@@ -85,6 +86,8 @@ def parse(argv, description):
     many = "videos" if flags.mode == "understand" else "prompts"
     if flags.trajectory is not None and getattr(flags, many) is not None:
         parser.error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
+    if flags.trajectory is not None and flags.mode == "understand" and flags.window:
+        parser.error("--trajectory goes with one clip, found --window")
     return flags
 
 
@@ -100,6 +103,7 @@ def add_flags(parser, mode):
     if mode == "understand":
         add("video", one_of)
         add("videos", one_of)
+        add("window", action="store_true")
         add("prompt", type=utf8)
         add("recompute-video", action="store_true")
     else:

@@ -181,10 +181,6 @@ class World(Protocol):
     def negative_prompt(self) -> str:
         """What guidance contrasts with unless told otherwise; "" is no prompt."""
 
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """Names of video files that can be described end in one of these."""
-
     def dataset(self, split: str) -> Split:
         """The clips of "train", or of a split of its own to evaluate on.
 

@@ -154,7 +154,7 @@ def real(tmp_path_factory):
     return root
 
 
-PREPARE = "--frames 9 --sizes 32x48 --caption-tokens 4-40".split()
+PREPARE = "--frames 9 --min-frames 9 --sizes 32x48 --caption-tokens 4-40".split()
 
 
 def row(video, prompt="a red ball moves", caption="a red ball moves right on a dark background"):
@@ -399,7 +399,7 @@ def npy(shape):
         ("clip.gif", gif(1, 24, 24), "clip.gif 1 frames, wanted 9"),
         ("clip.gif", gif(9, 24, 10_000), "clip.gif 10000x24 wanted 24x24"),
         ("clip.gif", gif(9, 25, 23), "clip.gif 23x25 wanted 24x24"),
-        ("clip.gif", gif_bomb, "clip.gif 4294836225 pixels limit"),
+        ("clip.gif", gif_bomb, "clip.gif cannot be read"),
         ("clip.npy", npy((9, 10**6, 10**6, 3)), "clip.npy cannot be read"),
         ("clip.npy", npy((-9, 24, 24, 3)), "clip.npy cannot be read"),
         ("clip.npy", npy("__import__('os').system('touch SPRUNG')"), "clip.npy cannot be read"),

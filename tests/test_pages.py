@@ -450,6 +450,11 @@ def test_text_cannot_break_out(tmp_path):
             ["--trajectory", "one --video", "--videos"],
         ),
         (
+            "understand",
+            ["--video", "clip.npy", "--window", "--trajectory"],
+            ["--trajectory", "one clip", "--window"],
+        ),
+        (
             "generate",
             ["--prompts", "p.txt", "--out", "x", "--trajectory", "a.html"],
             ["--trajectory", "one --prompt", "--prompts"],

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import write_wan_folder
 
 from engine.options import run_command
-from engine.video import read_clip, read_frames
+from engine.video import on_screen, read_clip, read_windows, timed_pictures
 from univigu import Config, UniViGU
 from wan import caption, prepare
 from wan.codec import Codec, PromptEncoder, Tokenizer
@@ -49,21 +50,24 @@ CAPTION = "a large red circle moves right on a black background"
 # ---------------------------------------------------------------- films that tell what they show
 
 
-def film(path, times, size=(48, 64), level=10, picture=None, **options):
+def film(path, times, size=(48, 64), level=10, picture=None, rate=240, keys=250, **options):
     """A video of frames shown at `times` (s); frame i is grey of value level * i, or picture(i).
 
-    size: rows, columns; options: the file format's.
+    size: rows, columns; rate: ticks a second, and the last frame lasts one; keys: frames from one
+    key frame to the next; options: the format's.
     """
     picture = picture or (lambda i: np.full((*size, 3), level * i, np.uint8))
     with av.open(str(path), "w", options=options) as file:
         stream = file.add_stream(
-            {".webm": "libvpx-vp9"}.get(path.suffix, "libx264"), rate=240, options={"crf": "4"}
+            {".webm": "libvpx-vp9"}.get(path.suffix, "libx264"),
+            rate=rate,
+            options={"crf": "4", "g": str(keys)},
         )
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 240)
+        stream.codec_context.time_base = Fraction(1, rate)
         for i, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
-            frame.pts, frame.time_base = round(time * 240), Fraction(1, 240)
+            frame.pts, frame.time_base = round(time * rate), Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
@@ -75,50 +79,58 @@ def gif(path, frames, milliseconds, size=(48, 64), level=10):
     return path
 
 
-def shown(path, limit=100, level=10):
+def shown(path, level=10):
     """The number of the frame that each frame at 16 fps is."""
     return [
-        round(value / level)
-        for value in read_frames(path, limit, lambda image: np.asarray(image).mean())
+        round(np.asarray(picture()).mean() / level) for picture in on_screen(timed_pictures(path))
     ]
 
 
-def nearest(times, unit=240):
-    """Which frame is nearest to k / 16 s, while the film lasts: half a frame after the last.
-
-    unit: a second in the file's ticks.
-    """
-    times = [Fraction(round(round(time * 240) / 240 * unit), unit) for time in times]
-    end = times[-1] + (times[-1] - times[-2]) / 2
+def wanted(times, end):
+    """Which frame is on screen at k / 16 s, from the first one's time to `end`, all in seconds."""
+    times, end = [time - times[0] for time in times], end - times[0]
     return [
-        min(range(len(times)), key=lambda i: (abs(times[i] - Fraction(k, 16)), -i))
-        for k in range(math.ceil(end * 16))
+        max(i for i, time in enumerate(times) if time <= k / 16 + 0.0005)
+        for k in range(math.ceil(end * 16 - 0.01))
     ]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm", ".mkv", ".avi"])
 @pytest.mark.parametrize("fps", [8, 16, 24, 30, 60])
 def test_a_video_is_retimed_by_its_timestamps(suffix, fps, tmp_path):
     times = [i / fps for i in range(17)]
-    assert shown(film(tmp_path / f"clip{suffix}", times)) == nearest(
-        times, 1000 if suffix == ".webm" else 240
-    )
+    path = film(tmp_path / f"clip{suffix}", times, rate=fps)
+    assert shown(path) == wanted(times, 17 / fps)
 
 
 def test_retiming_follows_uneven_timestamps_and_ignores_a_late_start(tmp_path):
     times = [0, 0.05, 0.3, 0.35, 0.4, 0.9, 1.0, 1.5]
-    assert shown(film(tmp_path / "uneven.mp4", times)) == nearest(times)
-    assert shown(film(tmp_path / "late.mp4", [time + 1 for time in times])) == nearest(times)
+    assert shown(film(tmp_path / "uneven.mp4", times)) == wanted(times, 1.5 + 1 / 240)
+    late = [time + 1 for time in times]
+    assert shown(film(tmp_path / "late.mp4", late)) == wanted(late, 2.5 + 1 / 240)
 
 
-def test_a_clip_at_16_fps_and_a_gif_and_an_image_keep_their_frames(tmp_path):
+def test_a_picture_is_shown_until_the_next_and_the_last_as_long_as_the_file_says(tmp_path):
+    for times in ([0.5, 0.7, 1.3], [2, 2, 2], [0.12] * 5):
+        path = gif(tmp_path / "clip.gif", len(times), [round(1000 * time) for time in times])
+        starts = [sum(times[:i]) for i in range(len(times))]
+        assert shown(path) == wanted(starts, sum(times))
+    slides = film(tmp_path / "slides.mkv", [0, 1, 3])  # says no more than how long it lasts
+    with av.open(str(slides)) as file:
+        length = file.duration / 1e6
+    assert 3 < length and shown(slides) == wanted([0, 1, 3], length)
+
+
+def test_a_clip_at_16_fps_and_images_keep_their_frames(tmp_path):
     for n in (1, 5, 9, 16):
         assert shown(film(tmp_path / f"{n}.webm", [i / 16 for i in range(n)])) == list(range(n))
-    assert shown(gif(tmp_path / "clip.gif", 5, 120)) == nearest([0, 0.12, 0.24, 0.36, 0.48])
-    Image.new("RGB", (64, 48), (70, 70, 70)).save(tmp_path / "image.png")
-    Image.new("RGB", (64, 48), (70, 70, 70)).save(tmp_path / "image.jpg")
-    assert shown(tmp_path / "image.png") == shown(tmp_path / "image.jpg") == [7]
-    assert shown(tmp_path / "16.webm", limit=3) == [0, 1, 2]
+    (tmp_path / "frames").mkdir()
+    for i, name in enumerate(("2.png", "10.JPG", "11.jpeg")):
+        Image.new("RGB", (64, 48), (70 + 10 * i,) * 3).save(tmp_path / "frames" / name)
+    assert shown(tmp_path / "frames") == [7, 8, 9]
+    assert shown(tmp_path / "frames/2.png") == [7] and shown(tmp_path / "frames/10.JPG") == [8]
+    np.save(tmp_path / "a.npy", np.full((3, 48, 64, 3), 40, np.uint8))
+    assert shown((tmp_path / "a.npy").rename(tmp_path / "a.NPY")) == [4, 4, 4]
 
 
 # ---------------------------------------------------------------- sizes
@@ -129,7 +141,7 @@ def test_a_clip_is_resized_and_cropped_at_the_centre(tmp_path):
     picture = np.zeros((rows, columns, 3), np.uint8)
     picture[..., 0], picture[..., 1] = np.arange(columns) * 2, np.arange(rows)[:, None] * 5
     Image.fromarray(picture).save(tmp_path / "ramp.png")
-    frames, cut = read_clip(tmp_path / "ramp.png", [(16, 16)], 1, 1)
+    frames, cut = read_clip(tmp_path / "ramp.png", [(16, 16)], 1)
     assert frames.shape == (1, 16, 16, 3) and frames.dtype == np.uint8 and not cut
     centre = (
         np.arange(16) + 0.5
@@ -147,23 +159,135 @@ def test_a_clip_goes_to_the_nearest_aspect_ratio(tmp_path):
         (10, 100, (32, 48)),
     ):
         Image.new("RGB", (columns, rows)).save(tmp_path / "image.png")
-        assert read_clip(tmp_path / "image.png", sizes, 1, 1)[0].shape[1:3] == wanted
+        assert read_clip(tmp_path / "image.png", sizes, 1)[0].shape[1:3] == wanted
 
 
-def test_a_phone_video_stands_upright(tmp_path):
-    """Phones film lying and note the rotation in the track header, as a matrix."""
-    path = film(tmp_path / "phone.mp4", [i / 16 for i in range(2)], size=(32, 64))
-    identity, turned = (
-        [struct(n) for n in matrix] for matrix in ((1, 0, 0, 0, 1), (0, 1, 0, -1, 0))
-    )
+CORNERS = np.zeros((32, 64, 3), np.uint8)  # a picture that looks the same in no other position
+CORNERS[:16, :32], CORNERS[:16, 32:], CORNERS[16:, :32] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+# A display matrix (a b, c d) or an EXIF orientation, and what it makes of the stored pixels: as
+# EXIF's standard draws its eight.
+POSITIONS = [
+    ((1, 0, 0, 1), 1, lambda x: x),
+    ((-1, 0, 0, 1), 2, lambda x: x[:, ::-1]),
+    ((-1, 0, 0, -1), 3, lambda x: x[::-1, ::-1]),
+    ((1, 0, 0, -1), 4, lambda x: x[::-1]),
+    ((0, 1, 1, 0), 5, lambda x: x.transpose(1, 0, 2)),
+    ((0, 1, -1, 0), 6, lambda x: np.rot90(x, -1)),
+    ((0, -1, -1, 0), 7, lambda x: np.rot90(x, 2).transpose(1, 0, 2)),
+    ((0, -1, 1, 0), 8, lambda x: np.rot90(x)),
+]
+
+
+@pytest.mark.parametrize("matrix, orientation, position", POSITIONS)
+def test_a_video_or_photograph_stands_upright(matrix, orientation, position, tmp_path):
+    """Phones film lying and note how in the track header, as a matrix, or in EXIF."""
+    path = film(tmp_path / "phone.mp4", [0, 1 / 16], size=(32, 64), picture=lambda i: CORNERS)
     raw = path.read_bytes()
-    at = raw.index(b"".join(identity), raw.index(b"tkhd"))
-    path.write_bytes(raw[:at] + b"".join(turned) + raw[at + 20 :])
-    assert read_frames(path, 9, lambda image: image.size) == [(32, 64)] * 2
+    at = raw.index(b"tkhd") + 44
+    a, b, c, d = matrix
+    packed = struct.pack(">5i", *(65536 * n for n in (a, b, 0, c, d)))
+    path.write_bytes(raw[:at] + packed + raw[at + 20 :])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("photo.jpg", "photo.png"):
+        Image.fromarray(CORNERS).save(tmp_path / name, exif=exif)
+    for name in ("phone.mp4", "photo.jpg", "photo.png"):
+        _, picture = next(timed_pictures(tmp_path / name))
+        found, upright = np.asarray(picture()), position(CORNERS)
+        assert found.shape == upright.shape and np.abs(found - 1.0 * upright).mean() < 12, name
 
 
-def struct(n):
-    return (n * 65536).to_bytes(4, "big", signed=True)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_pixels_that_are_not_square_are_stretched(suffix, tmp_path):
+    """Stored 64 x 48, with pixels twice as wide as high, and half as wide."""
+    for aspect, size in ((Fraction(2), (128, 48)), (Fraction(1, 2), (64, 96))):
+        path = tmp_path / f"wide{suffix}"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("mpeg4", rate=16)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.sample_aspect_ratio = aspect
+            for _ in range(2):
+                blank = np.zeros((48, 64, 3), np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(blank, format="rgb24")))
+            file.mux(stream.encode())
+        _, picture = next(timed_pictures(path))
+        assert picture().size == size
+
+
+@pytest.mark.parametrize("matrix, luma", [(1, (0.2126, 0.0722)), (5, (0.299, 0.114))])
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+def test_colours_are_those_of_the_matrix_and_range_that_a_file_names(matrix, luma, full, tmp_path):
+    """BT.709 and BT.601, by their formulas; matrix is FFmpeg's number."""
+    rgb = np.array([200, 60, 30]) / 255
+    red, blue = luma
+    y = rgb @ (red, 1 - red - blue, blue)
+    chroma = [(rgb[2] - y) / (2 - 2 * blue), (rgb[0] - y) / (2 - 2 * red)]
+    scale, least = (255, 255) if full else (219, 224)
+    planes = [y * scale + (0 if full else 16), *(c * least + 128 for c in chroma)]
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=16, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
+        grey = np.ones((3, 48, 64))
+        pixels = (grey * np.reshape(planes, (3, 1, 1))).round().astype(np.uint8)
+        frame = av.VideoFrame.from_ndarray(pixels, format="yuv444p")
+        frame.colorspace, frame.color_range = matrix, 1 + full
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    pixels, _ = read_clip(tmp_path / "clip.mp4", [(48, 64)], 1)
+    assert np.abs(pixels - 255 * rgb).max() < 2
+
+
+def test_grey_of_16_bits_is_not_clipped(tmp_path):
+    Image.fromarray(np.full((48, 64), 300 * 100, np.uint16)).save(tmp_path / "deep.png")
+    pixels, _ = read_clip(tmp_path / "deep.png", [(48, 64)], 1)
+    assert (pixels == 30000 // 256).all()
+
+
+def test_what_is_another_kind_than_its_name_says_is_named(tmp_path):
+    film(tmp_path / "clip.webm", [0, 1 / 16]).rename(tmp_path / "clip.mp4")
+    gif(tmp_path / "clip.gif", 2, 100).rename(tmp_path / "clip.mkv")
+    song(tmp_path / "song.mp4")
+    for name, words in (
+        ("clip.mp4", "it is a WebM or Matroska file, wanted it named .webm or .mkv"),
+        ("clip.mkv", "it is a GIF file, wanted it named .gif"),
+        ("song.mp4", "it is a song with cover art"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: {words}"):
+            read_clip(tmp_path / name, [(16, 16)], 1)
+
+
+def song(path):
+    """Half a second of silence, and a cover as players' libraries store it: moov/udta/.../covr."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        sound.rate = 16000
+        file.mux([*stream.encode(sound), *stream.encode()])
+    Image.new("RGB", (64, 48)).save(path.with_suffix(".jpg"))
+
+    def box(name, content):
+        return struct.pack(">I", 8 + len(content)) + name + content
+
+    data = box(b"data", struct.pack(">2I", 13, 0) + path.with_suffix(".jpg").read_bytes())
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    meta = box(b"meta", bytes(4) + handler + box(b"ilst", box(b"covr", data)))
+    raw = path.read_bytes()
+    at = raw.index(b"moov") - 4  # the last box of the file
+    path.write_bytes(raw[:at] + box(b"moov", raw[at + 8 :] + box(b"udta", meta)))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_longer_video_is_cut_into_windows_of_4n_plus_1_frames(suffix, tmp_path):
+    """Whether they are read one after the other or one alone, which seeks."""
+    path = film(tmp_path / f"long{suffix}", [i / 16 for i in range(60)], rate=16, level=4, keys=9)
+    number = lambda image: round(np.asarray(image).mean() / 4)
+    cut = list(read_windows(path, 21, number))
+    assert cut == [([*range(21)], True), ([*range(21, 42)], True), ([*range(42, 59)], True)]
+    for i, window in enumerate(cut):
+        assert next(read_windows(path, 21, number, first=i)) == window
+    with pytest.raises(ValueError, match="cannot be read: it ends before window 3 of 21"):
+        read_clip(path, [(48, 64)], 21, window=3)
 
 
 # ---------------------------------------------------------------- a prepared folder
@@ -258,7 +382,7 @@ def words(flags):
 @pytest.fixture(scope="module")
 def usual(films, index, wan, limits):
     """The flags of wan.prepare but --out."""
-    flags = {"--videos": films, "--index": index, "--wan": wan, "--frames": 9}
+    flags = {"--videos": films, "--index": index, "--wan": wan, "--frames": 9, "--min-frames": 9}
     return flags | {"--sizes": "32x48,48x32", "--shard-clips": 4} | limits
 
 
@@ -313,7 +437,7 @@ def test_a_clip_is_stored_as_codec_encoder_and_tokenizer_give_it(whole, films, w
     for video in ("a.mp4", "more/b.webm"):
         ids = tokenizer.ids(f"{CAPTION} and left")
         z_v, c, prompt, caption_ids = clips[video, tuple(ids)]
-        frames, _ = read_clip(films / video, [(32, 48), (48, 32)], 9, 9)
+        frames, _ = read_clip(films / video, [(32, 48), (48, 32)], 9)
         assert frames.shape == ((9, 32, 48, 3) if video == "a.mp4" else (9, 48, 32, 3))
         wanted = codec.encode(
             torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
@@ -362,7 +486,7 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
         (row("loop.mp4"), "does not exist"),
         (row("a\0.mp4"), "null"),
         (row("x" * 300 + ".mp4"), "name too long"),
-        (row("more"), "does not exist"),
+        (row("more"), "without PNG or JPEG frames"),
         (row("none.mp4"), "does not exist"),
         (row("notes.txt"), "'.txt', wanted one of .mp4"),
         (row("text.mp4"), "cannot be read"),
@@ -370,7 +494,7 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
         (row("cut.mp4"), "video "),
         (row("damaged.mp4"), "video "),
         (row("zeros.mp4"), "video"),
-        (row("short.mp4"), "7 frames at 16 fps, wanted 9"),
+        (row("short.mp4"), "5 frames at 16 fps, wanted 9"),
         (row("image.png"), "1 frames at 16 fps, wanted 9"),
         (row("a.mp4", prompt=PROMPT * 20), "prompt has"),
         (row("a.mp4", caption="no"), "caption has"),
@@ -385,16 +509,20 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(go, films, tmp_path, l
     assert len(clips_of(out)) == 1
 
 
-def test_shorter_videos_are_taken_where_a_flag_says_so(go, tmp_path):
-    rows = [row("short.mp4"), row("image.png"), row("a.mp4")]
+def test_videos_of_any_length_give_what_their_windows_show(go, tmp_path):
+    rows = [row("short.mp4"), row("image.png"), row("a.mp4"), row("a.mp4", window=1)]
+    rows += [row("a.mp4", window=9), row("a.mp4", window="1")]
     out = go(tmp_path / "out", "--min-frames", 1, index=write_index(tmp_path / "index.jsonl", rows))
     manifest = json.loads((out / "manifest.json").read_text())
     assert {size: bucket["clips"] for size, bucket in manifest["buckets"].items()} == {
         "1x32x48": 1,
-        "5x32x48": 1,
+        "5x32x48": 2,
         "9x32x48": 1,
     }
-    assert manifest["cut"] == 2 and rejected(out) == []
+    assert manifest["cut"] == 2
+    late, text = rejected(out)
+    assert late["line"] == 5 and "ends before window 9 of 9 frames" in late["reason"]
+    assert text["line"] == 6 and text["reason"] == "window is '1', wanted its number, from 0"
 
 
 def test_latents_and_embeddings_that_are_not_finite_are_refused(go, tmp_path, monkeypatch):
@@ -534,7 +662,7 @@ def test_other_settings_are_refused(go, whole, tmp_path, capsys):
     before = contents(out)
     other = write_index(tmp_path / "other.jsonl", [row("a.mp4")])
     for flags, index_flag, words in (
-        (["--frames", 5], {}, "frames 5 9"),
+        (["--frames", 5, "--min-frames", 5], {}, "frames 5 9"),
         (["--sizes", "48x32"], {}, "sizes [[48,"),
         (["--latents", "raw"], {}, "raw normalised"),
         ([], {"index": other}, "index"),
@@ -1146,6 +1274,13 @@ def test_captions_are_asked_for_until_their_length_fits(
         assert len(asked) == 2 + 4  # the second time, nothing is asked
         with open(out, "a") as file:
             file.write('{"video": "a.m')  # as a kill leaves it
+    prompts.write_text(json.dumps({"video": "a.mp4", "prompt": PROMPT}) + "\n")
+    flags |= {"--out": tmp_path / "windows.jsonl", "--frames": 9}
+    for _ in range(2):
+        caption.main([*words(flags), "--window"])
+        rows = [json.loads(line) for line in (tmp_path / "windows.jsonl").read_text().splitlines()]
+        assert rows == [row("a.mp4", caption=f"{CAPTION} and more", window=i) for i in range(2)]
+        assert [shown for _, shown, *_ in asked[6:]] == [3, 3, 3, 3]  # nothing is asked again
     (model, shown, size, question, sample), (*_, again) = asked[:2]
     assert (model, shown, size) == ("vlm", 3, (64, 48)) and PROMPT in question
     assert (sample, again) == (False, True)

@@ -116,7 +116,6 @@ def test_plain_members(world):
     assert len(world.shape) == 4 and world.frame_shape[0] == 3 and len(world.frame_shape) == 4
     assert isinstance(world.fixed_size, bool) and world.fps > 0
     assert isinstance(world.negative_prompt, str)
-    assert world.endings and all(ending.startswith(".") for ending in world.endings)
     assert world.sampling.keys() == {"understand", "generate", "joint"}
     assert json.loads(json.dumps(world.state))["world"] in ("toy", "wan")
     fields = Config.__dataclass_fields__

@@ -26,7 +26,6 @@ class World:
     fixed_size = True
     fps = 8
     negative_prompt = ""
-    endings = (".gif", ".mp4", ".npy")
 
     def __init__(self, seed=0):
         self.seed = seed

@@ -8,8 +8,12 @@ prompt, and the video that a generator made of it, relative to DIR. index.jsonl 
 their captions, ready for wan.prepare. Rows without a video that can be read, or whose captions stay
 too short or too long, are listed with their reason beside it, in index.rejected.jsonl. A run that
 was stopped goes on when started again.
+
+A caption is of a video's first --frames frames, as wan.prepare takes them. With --window, each
+further --frames frames get a row of their own, with "window": 1, 2, ..., which wan.prepare heeds.
 """
 
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,9 +21,9 @@ from tqdm import tqdm
 
 from engine.files import alone, append_line, check_writable, one_line
 from engine.options import run_command
-from engine.video import FPS, read_frames
+from engine.video import FPS, read_windows
 
-from .flags import SPAN, WAN, at_least, failing_in_one_line, make_parser, named
+from .flags import FRAMES, SPAN, WAN, at_least, failing_in_one_line, make_parser, named
 from .index import REJECTED, find_video, read_index, read_lines, write_lines
 
 QUESTION = """These are {frames} frames of one video of {seconds:.1f} seconds, in order. \
@@ -114,37 +118,67 @@ def caption(flags):
     write_lines(out, captioned)  # a kill may have cut the last line
     write_lines(refused, rejected)
 
-    def reject(line, reason):
-        append_line(refused, {"line": line, "video": index.video(line), "reason": reason})
+    def reject(line, window, reason):
+        row = {"line": line, "video": index.video(line), "reason": reason}
+        append_line(refused, row | numbered(window))
 
+    done = {(row["video"], row["prompt"], row.get("window")) for row in captioned}
+    bad = {(row["line"], row["video"], row.get("window")) for row in rejected}
     low, high = flags.caption_tokens
-    for line in tqdm(left(index, captioned, rejected), unit="row", disable=None):
-        try:
-            video, prompt = index.row(line)
-            frames = read_frames(find_video(videos, video), flags.frames, small)
-        except (ValueError, OSError) as error:
-            reject(line, one_line(error))
+    cut = 0
+    for line, window, frames, goes_on in clips(index, left(index, done, bad), flags, reject):
+        video, prompt, _ = index.rows[line]
+        if (video, prompt, window) in done or (line, video, window) in bad:
             continue
+        cut += goes_on and window is None
         images, seconds = evenly(frames, flags.show), len(frames) / FPS
         text, tokens = describe(images, seconds, prompt, answer, tokenizer, low, high)
         if low <= tokens <= high:
-            append_line(out, {"video": video, "prompt": prompt, "caption": text})
+            row = {"video": video, "prompt": prompt, "caption": text}
+            append_line(out, row | numbered(window))
         else:
             found = f"{tokens} tokens after {TRIES} tries"
-            reject(line, f"caption has {found}, wanted {low} to {high}")
-    done, bad = (path.read_bytes().count(b"\n") for path in (out, refused))
-    print(f"{done} rows captioned, see {out}; {bad} rejected, see {refused}")
+            reject(line, window, f"caption has {found}, wanted {low} to {high}")
+    good, not_good = (path.read_bytes().count(b"\n") for path in (out, refused))
+    print(f"{good} rows captioned, see {out}; {not_good} rejected, see {refused}")
+    if cut:
+        print(
+            f"{cut} captions are of a video's first frames, 4n + 1 and at most {flags.frames}; "
+            "--window captions the rest, too"
+        )
 
 
-def left(index, captioned, rejected):
-    """The lines of the index that are neither captioned nor rejected."""
-    done = {(row["video"], row["prompt"]) for row in captioned}
-    bad = {(row["line"], row["video"]) for row in rejected}
-    return [
-        line
-        for line in index.lines()
-        if index.rows.get(line) not in done and (line, index.video(line)) not in bad
-    ]
+def numbered(window):
+    """What a row says of its window: nothing where the video was not cut into windows."""
+    return {} if window is None else {"window": window}
+
+
+def clips(index, lines, flags, reject):
+    """What to caption: yields (line, window, frames, goes_on). Rejects what cannot be read.
+
+    window: its number; None where it is a video's beginning and the rest is not asked for.
+    """
+    for line in tqdm(lines, unit="row", disable=None):
+        own = None
+        try:
+            video, _, own = index.row(line)
+            path = find_video(Path(flags.videos), video)
+            numbers = count() if flags.window and own is None else [own]
+            found = read_windows(path, flags.frames, small, own or 0)
+            for window, (frames, goes_on) in zip(numbers, found):
+                yield line, window, frames, goes_on
+        except (ValueError, OSError) as error:
+            reject(line, own, one_line(error))
+
+
+def left(index, done, bad):
+    """The lines of the index that are not known to be captioned or rejected as a whole."""
+
+    def is_left(line):
+        *_, window = row = index.rows.get(line, (None,))
+        return row not in done and (line, index.video(line), window) not in bad
+
+    return list(filter(is_left, index.lines()))
 
 
 # ---------------------------------------------------------------- the command
@@ -173,10 +207,11 @@ def parse(argv):
     )
     add(
         "--frames",
-        type=at_least(1),
+        type=FRAMES,
         default=81,
-        help="frames of a clip at 16 fps, as for wan.prepare (default: %(default)s)",
+        help="frames of a clip at 16 fps, 4n + 1, as for wan.prepare (default: %(default)s)",
     )
+    add("--window", action="store_true", help="caption longer videos --frames by --frames frames")
     add(
         "--show",
         type=at_least(1),

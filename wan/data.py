@@ -44,7 +44,6 @@ class World:
     fixed_size = False
     fps = FPS
     negative_prompt = NEGATIVE_PROMPT
-    endings = (".mp4", ".mov", ".webm", ".gif")
     sampling: dict = {
         "understand": {"steps": 50, "guidance": 1.0, "reuse_video": True},
         "generate": {"steps": 50, "guidance": 5.0, "shift": 3.0},

@@ -59,6 +59,7 @@ def named(what):
 
 
 SPAN = checked(span, rising, "LOW-HIGH")
+FRAMES = checked(int, lambda n: n > 0 and n % 4 == 1, "4n + 1 (1, 5, 9, ...)")
 
 
 @contextmanager

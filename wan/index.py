@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.files import write_text
-from engine.video import DEMUXERS
 
 REJECTED = ("line", "video", "reason")  # what a line of rejected*.jsonl has
 
@@ -16,7 +15,7 @@ REJECTED = ("line", "video", "reason")  # what a line of rejected*.jsonl has
 class Index:
     """The rows of an index by their line, from 1."""
 
-    rows: dict[int, tuple[str, ...]]  # the values of the fields that were asked for
+    rows: dict[int, tuple]  # the values of the fields that were asked for, and the window or None
     rejected: dict[int, tuple[str | None, str]]  # for the rest: its video, and the reason
     digest: str  # the file's SHA-256
 
@@ -75,7 +74,10 @@ def has_field(path, name):
 
 
 def read_row(line, fields):
-    """A line, bytes -> the strings of `fields`. Raises ValueError, which says what is wrong."""
+    """A line, bytes -> the strings of `fields`, and the number of its "window" or None.
+
+    Raises ValueError, which says what is wrong.
+    """
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -87,23 +89,21 @@ def read_row(line, fields):
             raise ValueError(f"{name} is missing or no string")
         if any("\ud800" <= character <= "\udfff" for character in row[name]):
             raise ValueError(f"{name} is not valid Unicode")
-    return tuple(row[name] for name in fields)
+    window = row.get("window")
+    if window is not None and (type(window) is not int or window < 0):
+        raise ValueError(f"window is {window!r}, wanted its number, from 0")
+    return *(row[name] for name in fields), window
 
 
 def find_video(folder, name):
     """The path of a video.
 
-    Raises ValueError unless it is a file inside the folder, symbolic links followed, of a kind that
-    can be read.
+    Raises ValueError unless it is inside the folder, symbolic links followed.
     """
     path = folder / os.fsdecode(name.encode())  # files are named in UTF-8, whatever the locale
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     if Path(name).is_absolute() or not inside:
         raise ValueError("video leaves the folder of videos")
-    if not path.is_file():
-        raise ValueError("video does not exist")
-    if path.suffix.lower() not in DEMUXERS:
-        raise ValueError(f"video ends in {path.suffix!r}, wanted one of {', '.join(DEMUXERS)}")
     return path
 
 

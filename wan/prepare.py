@@ -4,11 +4,13 @@
     torchrun --nproc-per-node 8 -m wan.prepare --videos DIR --index index.jsonl --out data/clips
 
 A row of the index is {"video": "a/b.mp4", "prompt": "...", "caption": "..."}, the video relative to
-DIR: .mp4, .mov, .webm, .gif, or .png and .jpg as videos of one frame. Clips of an index without any
-caption serve stage recall alone. Videos are retimed to 16 fps,
-resized and centre-cropped to the size of nearest aspect ratio, and give their first --frames
-frames. Rows that cannot be used are listed with their reason in rejected.jsonl. A run that was
-stopped goes on when started again; with torchrun every rank takes its share of the rows.
+DIR: .mp4, .mov, .webm, .mkv, .avi, .gif, .npy, a folder of PNG or JPEG frames, or one image as a
+video of one frame. Clips of an index without any caption serve stage recall alone. Videos are
+retimed to 16 fps, resized and centre-cropped to the size of nearest aspect ratio, and give their
+first --frames frames, or the nearest 4n + 1 below where they are shorter. "window": 2 in a row
+takes the third --frames frames instead, see --window of wan.caption. Rows that cannot be used are
+listed with their reason in rejected.jsonl. A run that was stopped goes on when started again; with
+torchrun every rank takes its share of the rows.
 """
 
 import json
@@ -40,6 +42,7 @@ from engine.video import FPS, read_clip, to_frames
 
 from .data import NEGATIVE_PROMPT
 from .flags import (
+    FRAMES,
     SPAN,
     WAN,
     at_least,
@@ -161,7 +164,8 @@ def merge(out, settings, rows, wan, prompts):
     of_sizes = (f"{bucket['clips']} of {size}" for size, bucket in manifest["buckets"].items())
     print(
         f"{len(clips)} clips in {len(headers)} shards ({', '.join(of_sizes)}), "
-        f"{manifest['cut']} of them cut to their first frames; "
+        f"{manifest['cut']} of them cut to their first frames, 4n + 1 and at most "
+        f"{settings['frames']}; "
         f"{len(manifest['vocabulary'])} tokens occur"
     )
     print(f"{len(rejected)} rows rejected, see {out / 'rejected.jsonl'}")
@@ -294,8 +298,14 @@ def prepare(flags):
     todo = reject_texts([line for line in mine if line not in part.done], index, part, encoders)
 
     def read(line):
-        video, *_ = index.rows[line]
-        return read_clip(find_video(videos, video), flags.sizes, least_frames(flags), flags.frames)
+        video, *_, window = index.rows[line]
+        pixels, goes_on = read_clip(
+            find_video(videos, video), flags.sizes, flags.frames, window or 0
+        )
+        if len(pixels) < flags.min_frames:
+            found = f"video gives {len(pixels)} frames at {FPS} fps"
+            raise ValueError(f"{found}, wanted {flags.min_frames}, as --min-frames says")
+        return pixels, goes_on and window is None
 
     clips = ahead(read, todo, min(4, os.cpu_count() or 1))
     disable = None if rank == 0 else True  # None: where there is no terminal
@@ -304,20 +314,14 @@ def prepare(flags):
     for line, clip in bar:
         try:
             described, tensors = make_clip(line, index.rows[line], clip, encoders)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             part.reject(line, index.video(line), error)
-        except OSError as error:
-            part.reject(line, index.video(line), f"video cannot be read: {error}")
         else:
             part.add(described, tensors)
     part.flush()
     wan = Path(flags.wan)
     name = str(wan.absolute()) if wan.exists() else flags.wan
     merge(out, settings, len(index.lines()), name, encoders.prompts)
-
-
-def least_frames(flags):
-    return flags.frames if flags.min_frames is None else flags.min_frames
 
 
 def settings_of(flags, index, ranks, encoders, texts):
@@ -329,7 +333,7 @@ def settings_of(flags, index, ranks, encoders, texts):
         "ranks": ranks,
         "fps": FPS,
         "frames": flags.frames,
-        "min_frames": least_frames(flags),
+        "min_frames": flags.min_frames,
         "sizes": flags.sizes,
         "prompt_tokens": flags.prompt_tokens,
         "caption_tokens": flags.caption_tokens,
@@ -351,7 +355,7 @@ def reject_texts(lines, index, part, encoders):
     good = []
     for line in lines:
         try:
-            _, *texts = index.row(line)
+            _, *texts, _ = index.row(line)
             check_tokens(encoders.tokenizer, encoders.limits, *texts)
         except ValueError as error:
             part.reject(line, index.video(line), error)
@@ -363,9 +367,9 @@ def reject_texts(lines, index, part, encoders):
 def make_clip(line, row, clip, encoders):
     """A row and the future of its video -> what the shard's header says of it, and its tensors.
 
-    Raises ValueError for what cannot be used, OSError for a video that cannot be read.
+    Raises ValueError or OSError for what cannot be used.
     """
-    video, *texts = row
+    video, *texts, _ = row
     pixels, cut = clip.result()
     ids = check_tokens(encoders.tokenizer, encoders.limits, *texts)
     z_v, c = encode(pixels, texts[0], len(ids[0]), encoders.codec, encoders.prompts)
@@ -386,7 +390,6 @@ def fit_tokens(sizes):
     return all(0 < n < 10**4 and n % 16 == 0 for size in sizes for n in size)
 
 
-FRAMES = checked(int, lambda n: n > 0 and n % 4 == 1, "4n + 1 (1, 5, 9, ...)")
 SIZES = checked(
     parse_sizes,
     fit_tokens,
@@ -423,7 +426,8 @@ def parse(argv):
     add(
         "--min-frames",
         type=at_least(1),
-        help="accept shorter videos of at least so many frames, cut to 4n + 1 (default: --frames)",
+        default=1,
+        help="reject videos that give fewer frames (default: %(default)s)",
     )
     add(
         "--sizes",
@@ -456,7 +460,7 @@ def parse(argv):
         help="'raw' is for the published Uni-ViGU weights alone",
     )
     flags = parser.parse_args(argv)
-    if flags.min_frames is not None and flags.min_frames > flags.frames:
+    if flags.min_frames > flags.frames:
         wanted = f"1 to {flags.frames}, the value of --frames"
         parser.error(f"--min-frames is {flags.min_frames}, wanted {wanted}")
     return flags

@@ -22,7 +22,7 @@ import train
 import wan
 from engine.files import atomic, check_folder, read_json, read_lines, write_json
 from engine.options import Parser, fail, run_command
-from engine.video import FPS, read_resized, write_video
+from engine.video import FPS, read_clip, to_frames, write_video
 from univigu import interpolate, noise_like, understand
 from wan.index import write_lines
 
@@ -82,7 +82,7 @@ def normalise(folder, videos):
     with atomic(weights) as part:  # random biases would drown what is in a video
         save_file(plain, part, {"format": "pt"})
     codec = Codec(folder)
-    frames = torch.cat([read_resized(video, [(32, 48)], 9) for video in videos])
+    frames = torch.cat([to_frames(read_clip(video, [(32, 48)], 9)[0]) for video in videos])
     mu = codec.encode(frames) * codec.std + codec.mean
     apart = (mu - mu.mean(0)).std((0, 2, 3, 4)).tolist()
     stored = read_json(file) | {"latents_mean": mu.mean((0, 2, 3, 4)).tolist()}
