@@ -42,6 +42,7 @@ HALF = 4  # the frame in which a shape turns or stops
 GAP = 1.5  # pixels that stay between shapes that do not meet
 COVERED = 8.0  # pixels of a frame that both cover, for one to be called in front of the other
 APART = 3.0  # pixels by which a start must be left of, or above, another to be called so
+UNCLEAR = 1.0  # pixels more or fewer that might be called either
 
 # The pairs of (colour, shape) that no training clip shows: a tenth, the same for every seed.
 KINDS = tuple(product(FIRST["colour"], FIRST["shape"]))
@@ -106,6 +107,8 @@ def sample_one(rng, pair, level):
         fits = (most > 0.3) & (most < 0.7) & (whole >= 3) if meets else gap.min(-1) > GAP
         if level == 1:
             fits &= start[:, 1, 0] - start[:, 0, 0] > APART
+        if level >= 5:  # what relates them is plain to see
+            fits &= (np.abs(np.abs(start[:, 1] - start[:, 0]) - APART) > UNCLEAR).all(1)
         if fits.any():
             i = fits.argmax()
             break

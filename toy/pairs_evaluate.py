@@ -18,7 +18,7 @@ from univigu import generate, joint, understand
 
 from . import pairs, pairs_oracle
 from .evaluate import BATCH, SPLITS, drift, held_out_losses, on_model, sheet
-from .pairs import ATTRIBUTES
+from .pairs import ATTRIBUTES, RELATIONS
 
 COLOUR = list(ATTRIBUTES).index("colour")
 BOUND = [list(ATTRIBUTES).index(name) for name in ("colour", "shape", "direction")]
@@ -26,10 +26,19 @@ BOUND = [list(ATTRIBUTES).index(name) for name in ("colour", "shape", "direction
 
 @dataclass
 class Told:
-    """Two shapes of n clips, and what relates them: of a caption, a video, or the truth."""
+    """Two shapes of n clips, and what relates them: of captions, videos, or the truth.
+
+    A relation is (index of RELATIONS, colour of the one, colour of the other).
+    """
 
     attributes: torch.Tensor  # (n, 2, 6) int64, -1 where nothing valid is said
-    relation: list  # (index of RELATIONS, colour of the one, colour of the other), or None
+    relation: list  # the one that a caption tells, or None
+    holds: list | None = None  # a set of all that are true, None where not sure; captions: no list
+
+    def roll(self, by):
+        """The same, `by` clips later."""
+        moved = [of and of[-by:] + of[:-by] for of in (self.relation, self.holds)]
+        return Told(self.attributes.roll(by, 0), *moved)
 
 
 def names_of(level):
@@ -39,13 +48,18 @@ def names_of(level):
 
 
 def truth(clips):
-    """The Told of pairs.Clips."""
+    """The Told of pairs.Clips: what their captions say, and all that holds."""
     colours = [[shape["colour"] for shape in both] for both in pairs.named(clips)]
     relations = [
         (relation, *both) if relation >= 0 else None
         for relation, both in zip(clips.relation.tolist(), colours)
     ]
-    return Told(clips.attributes, relations)
+    paths = pairs.paths(clips.attributes.numpy(), clips.start.numpy())
+    holds = []
+    for row, path, start, front in zip(clips.attributes, paths, clips.start, clips.front.tolist()):
+        meets = pairs.overlap(row.tolist(), path) > pairs.COVERED
+        holds.append(true_relations(row, start, front if meets else -1))
+    return Told(clips.attributes, relations, holds)
 
 
 def said(texts, level):
@@ -63,25 +77,30 @@ def index_of(name, value):
 
 
 def shown(videos, level):
-    """The Told of videos (3, T, H, W) each, by the oracle, and what of their relations holds."""
+    """The Told of videos (3, T, H, W) each, by the oracle."""
     attributes, holds = [], []
     for part in torch.stack(list(videos)).split(32):
         seen = pairs_oracle.read(part, level == 6)
         attributes.append(seen.attributes)
         for row, start, front in zip(seen.attributes, seen.start, seen.front.tolist()):
             holds.append(true_relations(row, start, front))
-    return Told(torch.cat(attributes), [None] * len(holds)), holds
+    return Told(torch.cat(attributes), [None] * len(holds), holds)
 
 
 def true_relations(row, start, front):
-    """All relations that hold in a video that was read, as Told has them."""
-    names = [ATTRIBUTES["colour"][i] if i >= 0 else None for i in row[:, COLOUR].tolist()]
+    """All relations that hold, of either shape to the other; None where a shape is not known.
+
+    row (2, 6), start (2, 2); front: the shape in front where they meet, else -1.
+    """
+    if (row < 0).any():
+        return None
+    colours = [ATTRIBUTES["colour"][i] for i in row[:, COLOUR].tolist()]
     found = set()
     for one, other in ((0, 1), (1, 0)):
         rows, starts = row[[one, other]].numpy(), start[[one, other]].numpy()
         in_front = None if front < 0 else int(front != one)
         for k in pairs.relations(rows, starts, in_front):
-            found.add((k, names[one], names[other]))
+            found.add((k, colours[one], colours[other]))
     return found
 
 
@@ -99,28 +118,46 @@ def right_in(found, wanted):
     return (matched(found.attributes, wanted) == wanted) & (wanted >= 0)
 
 
-def score(found, wanted, names, roll=0):
-    """Shares that are right: name -> number. found, wanted: Told. names: the attributes of a level.
-    roll: clips apart, for chance."""
-    right = right_in(found, wanted.attributes.roll(roll, 0)).double()  # (n, 2, 6)
+def relation_right(found, wanted):
+    """Where a caption tells a relation that holds, or none where none holds of the shape that it
+    names first: (n,) bool. Videos that were drawn are found, and held against their captions."""
+    caption, facts = (found, wanted) if found.holds is None else (wanted, found)
+    right = []
+    for row, relation, holds in zip(caption.attributes, caption.relation, facts.holds):
+        first, second = (ATTRIBUTES["colour"][i] for i in row[:, COLOUR].tolist())
+        told = {relation} if relation else {(k, first, second) for k in range(len(RELATIONS))}
+        right.append(holds is not None and bool(told & holds) == bool(relation))
+    return torch.tensor(right)
+
+
+def all_right(found, wanted, level):
+    """Where all that a level tells is right: (n,) bool."""
+    columns = [list(ATTRIBUTES).index(name) for name in names_of(level)]
+    right = right_in(found, wanted.attributes)[..., columns].flatten(1).all(1)
+    return right & relation_right(found, wanted) if level >= 5 else right
+
+
+def score(found, wanted, level):
+    """Shares that are right at a level: name -> number. found, wanted: Told."""
+    right = right_in(found, wanted.attributes).double()  # (n, 2, 6)
+    names = names_of(level)
     columns = [list(ATTRIBUTES).index(name) for name in names]
     both, bound = right[..., columns], right[..., BOUND].prod(2)
-    each = {name: round(right[..., k].mean().item(), 4) for name, k in zip(names, columns)}
+    each = {name: share(right[..., k]) for name, k in zip(names, columns)}
+    relation = {"relation": share(relation_right(found, wanted))} if level >= 5 else {}
     return {
-        "attribute_accuracy": round(both.mean().item(), 4),
+        "attribute_accuracy": share(both),
         "attribute_accuracy_each": each,
-        "shape_right": round(both.prod(2).mean().item(), 4),
-        "binding": round(bound.prod(1).mean().item(), 4),
-        "exact_match": round(both.prod(2).prod(1).mean().item(), 4),
+        "shape_right": share(both.prod(2)),
+        "binding": share(bound.prod(1)),
+        **relation,
+        "exact_match": share(all_right(found, wanted, level)),
         "product_of_attributes": round(float(torch.tensor([*each.values()]).prod()), 4),
     }
 
 
-def relation_accuracy(found, wanted, roll=0):
-    """The share of the clips with a relation whose caption tells it; None where none has one."""
-    of = wanted.relation[-roll:] + wanted.relation[:-roll] if roll else wanted.relation
-    pairs_of = [(a, b) for a, b in zip(found.relation, of) if b]
-    return round(sum(a == b for a, b in pairs_of) / len(pairs_of), 4) if pairs_of else None
+def share(right):
+    return round(right.double().mean().item(), 4)
 
 
 # ---------------------------------------------------------------- what a model makes of clips
@@ -156,34 +193,15 @@ def sample_batch(model, world, split, indices, has_text):
 
 
 def compare(found, clips, level):
-    """What each mode's answers are compared with: mode -> (answers, wanted), as Told; and all the
-    relations that hold in what was drawn."""
+    """What each mode's answers are compared with: mode -> (answers, wanted), as Told."""
     wanted = truth(clips)
-    drawn, holds = shown(found["drawn"], level)
-    compared = {"generation": (drawn, wanted)}
+    compared = {"generation": (shown(found["drawn"], level), wanted)}
     if "read" in found:
         compared["understanding"] = said(found["read"], level), wanted
         compared["understanding_with_prompt"] = said(found["prompted"], level), wanted
-        seen, _ = shown(found["joint"], level)
+        seen = shown(found["joint"], level)
         compared["joint_agreement"] = said(found["joint_said"], level), seen
-    return compared, holds
-
-
-def measure(compared, holds, level):
-    """What is right in what a model made of clips: mode -> measure -> number, and chance alike."""
-    names, results, chance = names_of(level), {}, {}
-    for mode, (a, b) in compared.items():
-        results[mode], chance[mode] = score(a, b, names), score(a, b, names, roll=1)
-        if level < 5 or mode == "joint_agreement":
-            continue
-        if mode == "generation":
-            told = [(r, h) for r, h in zip(b.relation, holds) if r]
-            share = sum(r in h for r, h in told) / len(told) if told else None
-            results[mode]["relation"] = share and round(share, 4)
-        else:
-            results[mode]["relation"] = relation_accuracy(a, b)
-            chance[mode]["relation"] = relation_accuracy(a, b, roll=1)
-    return results, chance
+    return compared
 
 
 def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
@@ -204,12 +222,11 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
     for split, suffix in SPLITS:
         found, losses, *done = done
         truths = world.dataset(split).clips(range(clips))
-        compared, holds = compare(found, truths, world.level)
-        measured, chance = measure(compared, holds, world.level)
-        for mode, of in measured.items():
-            results.setdefault(mode, {}).update({k + suffix: v for k, v in of.items()})
-            into = results["chance"].setdefault(mode, {})
-            into.update({k + suffix: v for k, v in chance[mode].items()})
+        compared = compare(found, truths, world.level)
+        for mode, (answers, wanted) in compared.items():
+            for into, against in ((results, wanted), (results["chance"], wanted.roll(1))):
+                of = score(answers, against, world.level)
+                into.setdefault(mode, {}).update({k + suffix: v for k, v in of.items()})
         results["loss"][split] = losses
         if split == "seen":
             gallery = chosen(found, compared, truths, world.level)
@@ -247,20 +264,20 @@ def chosen(found, compared, clips, level, most=2):
         "generate": ("generation", "drawn", ("asked", asked), None),
         "joint": ("joint_agreement", "joint", ("asked", prompts), "joint_said"),
     }
-    names, cases = names_of(level), []
-    columns = [list(ATTRIBUTES).index(name) for name in names]
+    cases = []
     for mode, (measured, videos, (what, texts), written) in modes.items():
         if measured not in compared:
             continue
         answers, wanted = compared[measured]
-        good = right_in(answers, wanted.attributes)[..., columns]  # (n, 2, names)
+        good, each = all_right(answers, wanted, level), right_in(answers, wanted.attributes)
         for right in (True, False):
-            for i in (good.all(2).all(1) == right).nonzero().flatten().tolist()[:most]:
+            for i in (good == right).nonzero().flatten().tolist()[:most]:
                 lines = [(what, texts[i])]
                 lines += [("the model wrote", found[written][i])] if written else []
                 if not right:
-                    bad = [name for name, of in zip(names, good[i].all(0).tolist()) if not of]
-                    lines.append(("wrong", ", ".join(bad)))
+                    of = dict(zip(ATTRIBUTES, each[i].all(0).tolist()))
+                    bad = [name for name in names_of(level) if not of[name]]
+                    lines.append(("wrong", ", ".join(bad or ["relation"])))
                 frames = found[videos][i]
                 cases.append({"mode": mode, "right": right, "frames": frames, "lines": lines})
     return cases

@@ -11,7 +11,7 @@ from univigu import generate, joint, understand
 
 from . import pairs
 from .measures import Apart
-from .pairs_evaluate import names_of, said, score, shown, truth
+from .pairs_evaluate import said, score, shown, truth
 
 STEPS = (1, 2, 4, 8, 16, 32)  # of each sampler
 
@@ -25,7 +25,7 @@ def show(run, split="seen"):
 
 def compare(run, found, wanted, name):
     """The measures of one mode, under names that begin with `name`."""
-    of = score(found, wanted, names_of(run.world.level))
+    of = score(found, wanted, run.world.level)
     numbers = {
         name: of["attribute_accuracy"],
         f"{name} objects": of["shape_right"],
@@ -47,7 +47,7 @@ def videos(run, batch, model=None, stage=None, **sampling):
     y, options = batch.get(STAGES[stage or run.stages[-1]]), run.world.sampling["generate"]
     model, shape, g = model or run.model, run.world.shape, run.generator()
     z_v = generate(model, y, batch["c"], shape, generator=g, **options | sampling)
-    return shown(run.world.codec.decode(z_v), run.world.level)[0]
+    return shown(run.world.codec.decode(z_v), run.world.level)
 
 
 def reading(run):
@@ -98,7 +98,7 @@ def both(run, model=None, **sampling):
     batch, _ = show(run)
     options = run.world.sampling["joint"] | {"generator": run.generator()} | sampling
     z_v, y_hat = joint(model or run.model, batch["c"], run.world.shape, **options)
-    seen, _ = shown(run.world.codec.decode(z_v), run.world.level)
+    seen = shown(run.world.codec.decode(z_v), run.world.level)
     return said(run.world.tokenizer.decode(y_hat), run.world.level), seen
 
 
