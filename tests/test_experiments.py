@@ -213,6 +213,13 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
     monkeypatch.setattr(train, "main", lambda *args, **kwargs: pytest.fail("it trained again"))
     experiments.main(argv)
     assert "training " not in capsys.readouterr().out
+    figure = tmp_path / "experts" / "figure.png"
+    drawn = figure.read_bytes()
+    figure.unlink()
+    experiments.main(["experts", "--figures", "--out", str(tmp_path)])
+    assert figure.read_bytes() == drawn
+    with pytest.raises(SystemExit, match="recall/results.json"):
+        experiments.main(["recall", "--figures", "--out", str(tmp_path)])
     for name in ("measured.json", "metrics.jsonl"):
         (tmp_path / "base" / "seed0" / name).write_text("")
         with pytest.raises(SystemExit, match=rf"^toy.experiments: error: .*base/seed0/{name}"):

@@ -4,6 +4,7 @@
     python -m toy.experiments pretraining recall   some of them
     python -m toy.experiments --data pairs         those of the second world: many hours
     python -m toy.experiments --quick              one seed, few steps: does it run
+    python -m toy.experiments --figures --out toy/results/experiments    stored numbers -> figures
 
 A second call goes on where the first stopped. A variant is a run of train.py, in
 <out>/<variant>/seed<k>, that differs in one thing from the variant "base", the default recipe
@@ -18,9 +19,10 @@ is supported where all its checks hold, not supported where none does, else mixe
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from engine.files import alone, one_line, write_json
+from engine.files import alone, one_line, read_json, write_json
 from engine.options import Parser, run_command
 
 from . import pairs_claims
@@ -127,6 +129,18 @@ def perform(experiment, seeds, budget, out):
     return results
 
 
+def redraw(experiment, out):
+    """Draws the figure of what perform() stored, anew. Returns what the JSON holds.
+
+    Raises FileNotFoundError or ValueError where there is none.
+    """
+    folder = Path(out) / experiment.name
+    results = read_json(folder / "results.json")
+    numbers = results["mean and spread"]
+    write_figure(folder / "figure.png", experiment.name, experiment.panels, numbers)
+    return results
+
+
 def table(results):
     """Verdicts; under each its variants' main numbers, then its checks.
 
@@ -150,7 +164,7 @@ def table(results):
 
 
 def parse(argv):
-    """Flags -> experiments, seeds, budget, folder. Raises ValueError for bad values."""
+    """Flags -> experiments, what to do with each, folder. Raises ValueError for bad values."""
     parser = Parser(
         prog="toy.experiments",
         usage="python -m %(prog)s [NAME ...] [--flag value ...]",
@@ -165,6 +179,11 @@ def parse(argv):
         "--quick",
         action="store_true",
         help="one seed, few steps and clips, in a folder of its own",
+    )
+    parser.add_argument(
+        "--figures",
+        action="store_true",
+        help="train nothing: draw the figures of the results in --out anew",
     )
     parser.add_argument("--seeds", help="with commas (default: 0,1,2; quick: 0)")
     parser.add_argument(
@@ -181,7 +200,9 @@ def parse(argv):
     out = "runs/experiments" + "-pairs" * (flags.data == "pairs") + "-quick" * flags.quick
     _, full, quick = WORLDS[flags.data]
     chosen = [known[name] for name in known if name in (flags.names or known)]
-    return chosen, different_seeds(seeds), quick if flags.quick else full, flags.out or out
+    seeds, budget = different_seeds(seeds), quick if flags.quick else full
+    work = redraw if flags.figures else partial(perform, seeds=seeds, budget=budget)
+    return chosen, work, flags.out or out
 
 
 def by_name(data):
@@ -201,12 +222,12 @@ def different_seeds(text):
 def main(argv=None):
     begin, results = time.time(), []
     try:
-        experiments, seeds, budget, out = parse(argv)
+        experiments, work, out = parse(argv)
         with alone(Path(out, ".lock"), out):
             for experiment in experiments:
                 print(f"\n{experiment.name}: {experiment.claim}")
                 print(f"Refuted if: {experiment.refuted_if}")
-                results.append(perform(experiment, seeds, budget, out))
+                results.append(work(experiment, out=out))
                 print(table(results[-1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"toy.experiments: error: {one_line(error)}")
