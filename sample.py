@@ -366,7 +366,7 @@ def read_prompts(path):
     if Path(path).suffix.lower() not in (".jsonl", ".json") and not is_object(rows[0]):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        return [prompt for row in rows for prompt in read_row(row.encode(), ("prompt",))]
+        return [read_row(row.encode(), ("prompt",))[0] for row in rows]
     except ValueError as error:
         raise ValueError(
             f"--prompts {path} has a row that cannot be used, {error}: wanted a prompt a line, or "
