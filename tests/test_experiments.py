@@ -3,6 +3,7 @@ numbers, and a call goes on where the last one stopped.
 """
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -213,6 +214,13 @@ def test_two_experiments_end_to_end_and_a_second_call_trains_nothing(tmp_path, m
     monkeypatch.setattr(train, "main", lambda *args, **kwargs: pytest.fail("it trained again"))
     experiments.main(argv)
     assert "training " not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "no video loss")
+    experiments.main(["survival", "--quick", "--finished", "--out", str(tmp_path)])
+    left = json.loads((tmp_path / "survival" / "results.json").read_text())
+    assert results["not trained"] == [] and left["not trained"] == ["no video loss"]
+    assert left["checks"] == [c for c in results["checks"] if "no video loss" not in c["less"]]
+    with pytest.raises(SystemExit, match="no finished run of experiment recall"):
+        experiments.main(["recall", "--finished", "--out", str(tmp_path / "empty")])
     figure = tmp_path / "experts" / "figure.png"
     drawn = figure.read_bytes()
     figure.unlink()

@@ -62,13 +62,22 @@ class Check:
         """of: variant -> name -> number, of one seed."""
         return value(self.more, of) - value(self.less, of)
 
+    def variants(self):
+        """Those that it compares."""
+        return {variant for side in (self.more, self.less) for variant, _ in named(side)}
 
-def value(keys, of):
+
+def value(side, of):
     """What a side of a Check comes to."""
-    if isinstance(keys, float):
-        return keys
-    pairs = [key.split(": ", 1) for key in keys.split(" + ")]
-    return statistics.fmean(of[variant][name] for variant, name in pairs)
+    if isinstance(side, float):
+        return side
+    return statistics.fmean(of[variant][name] for variant, name in named(side))
+
+
+def named(side):
+    """The (variant, name) pairs of a side; none where it is a number."""
+    keys = [] if isinstance(side, float) else side.split(" + ")
+    return [key.split(": ", 1) for key in keys]
 
 
 @dataclass

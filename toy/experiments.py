@@ -13,7 +13,8 @@ generator for each seed, unless that is the question. An experiment writes
 <out>/<name>/results.json and figure.png.
 
 What was found is computed, never written here: see toy/claims.py and toy/pairs_claims.py. A claim
-is supported where all its checks hold, not supported where none does, else mixed.
+is supported where all its checks hold, not supported where none does, not decided where none was
+measured, else mixed.
 """
 
 import statistics
@@ -28,7 +29,7 @@ from engine.options import Parser, run_command
 from . import pairs_claims
 from .claims import BASE, EXPERIMENTS, MARGIN, Check, Experiment, from_generator
 from .figures import bars, write_figure
-from .runs import FULL, QUICK, Budget, Variant, trained
+from .runs import FULL, QUICK, Budget, Variant, is_trained, trained
 
 __all__ = [  # what an experiment of one's own is made of, see toy/README.md
     "BASE",
@@ -74,6 +75,8 @@ def judge(checks, seeds):
         holds = mean - check.above > spread
         told.append(vars(check) | {"gain": gains, "mean": mean, "spread": spread, "holds": holds})
     counted = [check["holds"] for check in told if not check["ours"]]
+    if not counted:
+        return "not decided", told
     if all(counted):
         return "supported", told
     return "mixed" if any(counted) else "not supported", told
@@ -92,24 +95,32 @@ def finding(verdict, checks):
     return found
 
 
-def perform(experiment, seeds, budget, out):
+def perform(experiment, seeds, budget, out, finished=False):
     """Trains, measures and judges; writes <out>/<name>/results.json and figure.png.
 
-    Returns what the JSON holds.
+    finished: trains nothing, and leaves out what is not trained yet with all seeds. Returns what
+    the JSON holds. Raises ValueError where nothing is left.
     """
+    variants = experiment.variants
+    if finished:
+        variants = [v for v in variants if all(is_trained(v, s, budget, out) for s in seeds)]
+    if not variants:
+        raise ValueError(f"{out} has no finished run of experiment {experiment.name}")
+    kept = {v.name for v in variants}
+    checks = [c for c in experiment.checks if not finished or c.variants() <= kept]
     runs = []  # of each seed: variant -> Run
     measured = []  # of each seed: variant -> name -> number
     for seed in seeds:
-        runs.append({v.name: trained(v, seed, budget, out) for v in experiment.variants})
+        runs.append({v.name: trained(v, seed, budget, out) for v in variants})
         measured.append({name: r.measure(experiment.measures) for name, r in runs[-1].items()})
     numbers = {}
     for variant, names in measured[0].items():
         numbers[variant] = {name: summary([of[variant][name] for of in measured]) for name in names}
-    verdict, checks = judge(experiment.checks, measured)
-    variants = {}
-    for v in experiment.variants:
+    verdict, checks = judge(checks, measured)
+    described = {}
+    for v in variants:
         seconds = [of_seed[v.name].seconds() for of_seed in runs]
-        variants[v.name] = v.describe(budget) | {"training seconds": seconds}
+        described[v.name] = v.describe(budget) | {"training seconds": seconds}
     results = {
         "name": experiment.name,
         "claim": experiment.claim,
@@ -119,7 +130,8 @@ def perform(experiment, seeds, budget, out):
         "checks": checks,
         "seeds": seeds,
         "budget": vars(budget),
-        "variants": variants,
+        "variants": described,
+        "not trained": [v.name for v in experiment.variants if v.name not in kept],
         "mean and spread": numbers,
         "each seed": measured,
     }
@@ -185,6 +197,11 @@ def parse(argv):
         action="store_true",
         help="train nothing: draw the figures of the results in --out anew",
     )
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help="train nothing: judge the variants that are trained, and leave out the others",
+    )
     parser.add_argument("--seeds", help="with commas (default: 0,1,2; quick: 0)")
     parser.add_argument(
         "--out",
@@ -201,7 +218,8 @@ def parse(argv):
     _, full, quick = WORLDS[flags.data]
     chosen = [known[name] for name in known if name in (flags.names or known)]
     seeds, budget = different_seeds(seeds), quick if flags.quick else full
-    work = redraw if flags.figures else partial(perform, seeds=seeds, budget=budget)
+    work = partial(perform, seeds=seeds, budget=budget, finished=flags.finished)
+    work = redraw if flags.figures else work
     return chosen, work, flags.out or out
 
 

@@ -34,7 +34,7 @@ def curve(xlabel, *names, log=False, of=()):
 
     def draw(axes, numbers):
         lines = {}
-        for variant in of or numbers:
+        for variant in filter(numbers.get, of or numbers):
             for name in names:
                 label = variant if len(names) == 1 else name
                 lines[label] = points(numbers[variant], name)
@@ -49,7 +49,7 @@ def across(xlabel, xs, *names, log=True):
     def draw(axes, numbers):
         lines = {}
         for name in names:
-            lines[name] = [(x, *numbers[variant][name]) for variant, x in xs.items()]
+            lines[name] = [(x, *numbers[v][name]) for v, x in xs.items() if v in numbers]
         draw_lines(axes, lines, xlabel, "", log)
 
     return draw
@@ -61,20 +61,23 @@ def across_groups(xlabel, name, groups):
     def draw(axes, numbers):
         lines = {}
         for label, xs in groups.items():
-            lines[label] = [(x, *numbers[variant][name]) for variant, x in xs.items()]
+            lines[label] = [(x, *numbers[v][name]) for v, x in xs.items() if v in numbers]
         draw_lines(axes, lines, xlabel, name, log=True)
 
     return draw
 
 
 def draw_lines(axes, lines, xlabel, ylabel, log):
-    """lines: label -> list of (x, mean, spread)."""
+    """lines: label -> list of (x, mean, spread); one without points is left out."""
+    xs = {}
     for label, points in lines.items():
-        x, mean, spread = zip(*sorted(points))
-        axes.errorbar(x, mean, yerr=spread, marker=".", capsize=2, label=label)
+        if points:
+            x, mean, spread = zip(*sorted(points))
+            axes.errorbar(x, mean, yerr=spread, marker=".", capsize=2, label=label)
+            xs |= dict.fromkeys(x)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
-    if len(x) < 9:
-        axes.set_xticks(x, [f"{value:g}" for value in x])
+    if len(xs) < 9:
+        axes.set_xticks(list(xs), [f"{value:g}" for value in xs])
         axes.minorticks_off()
 
 

@@ -110,6 +110,13 @@ def arguments(variant, seed, budget, out):
     return [*flags, *budget.flags.split(), *budget.fill(variant.flags).split()]
 
 
+def is_trained(variant, seed, budget, out):
+    """Whether it was trained to the end."""
+    flags = arguments(variant, seed, budget, out)
+    stages = flags[len(flags) - flags[::-1].index("--stages")]
+    return (run_folder(out, variant, seed) / stages.split(",")[-1]).exists()
+
+
 def trained(variant, seed, budget, out):
     """Trains a variant, or what is left to train of it. Returns its Run."""
     if variant.start:
