@@ -56,7 +56,7 @@ def drawn(folder):
 
 
 def vbench_names(rows):
-    """A name for each (video, prompt). Raises ValueError for a prompt that no file's name can be."""
+    """A name for each (video, prompt). Raises ValueError for a prompt that is no file's name."""
     seen: Counter = Counter()
     names = []
     for video, prompt in rows:
