@@ -71,7 +71,7 @@ def test_computing_the_video_in_each_step_gives_nearly_the_same(model):
 
 @pytest.mark.parametrize("text_shift", [1.0, 4.0])
 def test_the_loss_is_the_squared_error_of_the_velocity(text_shift):
-    """A velocity of zero is wrong by the target: its mean square is 2, of noise and of unit rows."""
+    """A velocity of zero is wrong by all of the target: noise and rows of E have mean square 1."""
     model = make_model("velocity")
     model.config.text_shift, clocks = text_shift, []
 
