@@ -532,7 +532,8 @@ def test_commands_name_flags_and_experiments_that_there_are(help_of):
             assert {w for w in names if not w.startswith("--")} <= set(CLAIMS), words
 
 
-# Flags of torchrun, pip, hf, ruff, VBench and .ci/run, and flags that are gone, as the changelog says.
+# Flags of torchrun, pip, hf, ruff, VBench and .ci/run, and flags that are gone, as the changelog
+# says.
 OTHERS = set(
     "--nproc-per-node --nnodes --max-restarts --shutdown-timeout --rdzv-id --rdzv-backend "
     "--rdzv-endpoint --include --check --lowest --nodes --ntasks-per-node --gpus-per-node "
