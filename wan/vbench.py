@@ -57,7 +57,7 @@ def drawn(folder):
 
 def vbench_names(rows):
     """A name for each (video, prompt). Raises ValueError for a prompt that is no file's name."""
-    seen: Counter = Counter()
+    seen = Counter()
     names = []
     for video, prompt in rows:
         names.append(f"{prompt}-{seen[prompt]}{Path(video).suffix}")
