@@ -488,7 +488,7 @@ def test_the_map_names_every_room():
 
 PROGRAM = re.compile(
     r"\b(?:python (?:-m )?)?"
-    r"((?:train|sample)\.py|wan\.(?:bench|prepare|caption)|toy\.(?:experiments|square))\b(.*)"
+    r"((?:train|sample)\.py|wan\.(?:bench|prepare|caption|evaluate|vbench)|toy\.(?:experiments|square))\b(.*)"
 )
 
 
@@ -532,11 +532,12 @@ def test_commands_name_flags_and_experiments_that_there_are(help_of):
             assert {w for w in names if not w.startswith("--")} <= set(CLAIMS), words
 
 
-# Flags of torchrun, pip, hf, ruff and .ci/run, and flags that are gone, as the changelog says.
+# Flags of torchrun, pip, hf, ruff, VBench and .ci/run, and flags that are gone, as the changelog
+# says.
 OTHERS = set(
     "--nproc-per-node --nnodes --max-restarts --shutdown-timeout --rdzv-id --rdzv-backend "
     "--rdzv-endpoint --include --check --lowest --nodes --ntasks-per-node --gpus-per-node "
-    "--cpus-per-task --signal --p-drop".split()  # the last is gone, as CHANGELOG.md says
+    "--cpus-per-task --signal --mode --p-drop".split()  # the last is gone, as CHANGELOG.md says
 )
 
 
@@ -546,6 +547,7 @@ def test_flags_in_the_text_are_flags_of_a_program(help_of):
         (name, None)
         for name in (
             *("train.py", "wan.bench", "wan.prepare", "wan.caption", "wan.smoke"),
+            *("wan.evaluate", "wan.vbench"),
             *("toy.experiments", "toy.judge", "toy.square"),
         )
     ]

@@ -30,7 +30,7 @@ import train
 import wan
 from engine.checkpoint import checkpoints
 from univigu import UniViGU, uni_flow_loss
-from wan import prepare
+from wan import evaluate, prepare
 from wan.names import PUBLISHED, rename
 from wan.published import PublishedUniViGU, build, config_from
 
@@ -323,6 +323,38 @@ def test_many_prompts_and_a_folder_of_videos(path, tmp_path, capsys):
     use(capsys, "understand", *here, "--videos", drawn, "--out", said)
     assert [row["video"] for row in read_rows(said)] == names
     assert all(isinstance(row["caption"], str) for row in read_rows(said))
+
+
+def test_captions_are_measured_by_the_model_that_wrote_them(path, tmp_path, capsys):
+    """Windows are read as sample.py reads them: the latents that the model sees are the same."""
+    pytest.importorskip("pycocoevalcap", reason="pip install -r requirements-wan.txt")
+    seen: list = []
+
+    def spy(function):
+        def call(model, z_v, *rest, **options):
+            seen.append(z_v)
+            return function(model, z_v, *rest, **options)
+
+        return call
+
+    here = ["--checkpoint", path / "run" / "refine", "--size", "32x48", "--frames", "5"]
+    said, out = tmp_path / "said.jsonl", tmp_path / "scores.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "understand", spy(sample.understand))
+        videos = ["--videos", path / "videos"]
+        use(capsys, "understand", *here, *videos, "--window", "--steps", "2", "--out", said)
+    described, seen[:] = list(seen), []
+    rows = [row | {"caption": f"a cat {i}"} for i, row in enumerate(read_rows(said))]
+    write_rows(said, rows)
+    assert len(rows) > 3 and {row["window"] for row in rows} >= {0, 1}
+    flags = ["--captions", said, "--references", path / "index.jsonl", *here, *videos]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "text_losses", spy(evaluate.text_losses))
+        evaluate.main([str(flag) for flag in (*flags, "--out", out)])
+    assert all(map(torch.equal, seen, described)) and len(seen) == len(described) == len(rows)
+    found = read_json(out)
+    assert found["clips"] == 3 and found["captions without references"] == len(rows) - 3
+    assert found["agreement"]["clips"] == len(rows) and 0 <= found["agreement"]["share"] <= 1
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(path, tmp_path, capsys):

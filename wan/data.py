@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from engine.video import FPS
 from engine.world import checked_sampling, in_turn
 
-from .evaluate import evaluate
 from .published import latents_of
 from .shards import NEGATIVE, Shards, open_shard, read_manifest
+from .validation import evaluate
 
 # The default of Wan2.1's own sampler: oversaturated, overexposed, static, blurred, subtitles, ...
 # deformed hands, walking backwards.
@@ -149,7 +149,7 @@ class World:
         return F.pad(c, (0, 0, 0, self.state["prompt_len"] - c.shape[1]))
 
     def evaluate(self, model, out, clips, elapsed, has_text, share=in_turn):
-        """See wan/evaluate.py."""
+        """See wan/validation.py."""
         return evaluate(self, model, out, clips, elapsed, has_text, share)
 
     @cached_property

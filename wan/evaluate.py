@@ -1,160 +1,313 @@
-"""What training on real videos has come to: held-out losses, captions, and drawn videos."""
+"""Measures captions: against reference texts, and by the model that wrote them.
+
+    python -m wan.evaluate --captions captions.jsonl --references data.jsonl
+    python -m wan.evaluate --captions captions.jsonl --checkpoint runs/wan/refine --videos DIR
+
+captions.jsonl is what `sample.py understand --videos DIR --out captions.jsonl` writes.
+
+Against references: CIDEr-D, BLEU-4 and ROUGE-L, as pycocoevalcap computes them. A row of data.jsonl
+is {"video": "a.mp4", "caption": "..."}, as in an index of wan.prepare; a video may have a list of
+captions, or several rows. Texts are compared as words in lower case, without punctuation. The
+tokenizer of the COCO tools needs Java, so these numbers are near to theirs, not equal. METEOR and
+SPICE need Java, too, and are left out.
+
+By the model: for how many of the clips the own caption has a smaller text loss than 15 captions of
+other clips. A loss is the mean over 8 clocks and noises, the same for all captions. The video is
+clean, and there is no prompt.
+"""
 
 import json
-import statistics
-import time
-from functools import partial
+import random
+import re
+import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from tqdm import tqdm
 
-from engine.drift import losses_by_tenth, mean_by_tenth
-from engine.files import write_text
-from engine.video import write_video
-from engine.world import Evaluation, in_turn
-from univigu import generate, joint, understand, uni_flow_loss
+import sample
+from engine.distributed import preferred_attention
+from engine.files import check_writable, one_line, write_json
+from engine.graphs import captured_text_steps
+from engine.options import run_command
+from engine.sampling import rows_by_columns
+from engine.score import text_losses
+from engine.threads import ahead
+from engine.video import read_clip, read_video, to_frames
 
-from .published import latents_of
+from .flags import FRAMES, failing_in_one_line, make_parser, named
+from .index import find_video, read_row
 
-CAPTIONED = 2  # clips that the model describes
+OTHERS = 15  # captions of other clips, beside a clip's own
 
 
-@torch.no_grad()
-def evaluate(world, model, out, clips, elapsed, has_text, share=in_turn):
-    """Losses of at most `clips` clips, captions of the first few, and a video of each drawing mode.
+def evaluate(flags):
+    """Measures what the flags ask for, prints it and, with --out, stores it."""
+    check(flags)
+    captions = {clip: text for clip, (text,) in read_texts("--captions", flags.captions).items()}
+    found: dict = {"captions": len(captions)}
+    if empty := sum(not words(text) for text in captions.values()):
+        print(f"{empty} of {len(captions)} captions have no words: they count as they are")
+    if flags.references:
+        references = read_texts("--references", flags.references, several=True)
+        found |= compare(flags, captions, references)
+        show_scores(found)
+        store(flags, found)  # now: asking the model takes long
+    if flags.checkpoint:
+        found["agreement"] = agreement(flags, captions)
+        show_agreement(found["agreement"])
+    else:
+        print("agreement  not measured: --checkpoint and --videos ask the model")
+    store(flags, found)
 
-    The clips are of split "val", or of "train" where the data are too few to have one. A loss is
-    the mean squared error of a velocity, at one draw of independent clocks a clip that is the same
-    every time, no prompt dropped. elapsed: seconds of training before. Writes results.json,
-    generate.mp4 and, with has_text, joint.mp4 into `out`, and prints the results. share, out None:
-    see engine.world.World.
+
+def store(flags, found):
+    if flags.out:
+        write_json(flags.out, found)
+
+
+def check(flags):
+    """Raises ValueError for flags that do not go together, and where --out cannot be written."""
+    if bool(flags.checkpoint) != bool(flags.videos):
+        raise ValueError("--checkpoint and --videos go together, found one of them")
+    if not flags.references and not flags.checkpoint:
+        raise ValueError("wanted --references, or --checkpoint and --videos, or all three")
+    if flags.videos and not Path(flags.videos).is_dir():
+        raise ValueError(f"--videos {flags.videos} is no folder")
+    if flags.out:
+        out = Path(flags.out)
+        if out.is_dir() or out.suffix != ".json":
+            raise ValueError(f"--out is {out}, wanted a file whose name ends in .json")
+        check_writable(out)
+
+
+# ---------------------------------------------------------------- texts of clips
+
+
+def read_texts(flag, path, several=False):
+    """A file of JSON lines -> {(video, window): [caption, ...]}, window 0 where a row has none.
+
+    several: a clip may have more than one, in a list or in rows of its own; each has words.
+    Raises ValueError, which names file and line, for a row that cannot be used or is one too many.
     """
-    begin = time.time()
-    device = next(model.parameters()).device
-    split = "val" if len(world.dataset("val")) else "train"
-    data = world.dataset(split)
-    clips = min(clips, len(data))
-    described = min(clips, CAPTIONED) if has_text else 0
-    jobs = [partial(draw, world, model, data, mode, has_text) for mode in modes(has_text)]
-    jobs += [partial(describe, world, model, data, i) for i in range(described)]
-    jobs += [partial(measure, world, model, data, i, has_text) for i in range(clips)]
-    jobs += [partial(drift, world, model, data, i) for i in range(clips)]
-    # its cache would keep all of the model's products in bf16
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False):
-        done = share(jobs)
-    if out is None:
-        return Evaluation({})
-
-    drawn = {mode: done.pop(0) for mode in modes(has_text)}
-    captions = [done.pop(0) for _ in range(described)]
-    measured, drifts = done[:clips], done[clips:]
-    losses = {name: round(statistics.fmean(of[name] for of in measured), 6) for name in measured[0]}
-    videos = {mode: world.codec.decode(z_v) for mode, (z_v, _) in drawn.items()}
-    for mode, frames in videos.items():
-        write_video(Path(out, f"{mode}.mp4"), frames, world.fps)
-    results = {"seed": world.seed, "split": split, "clips": clips, "captions": captions}
-    if has_text:
-        results["joint"] = drawn["joint"][1]
-    results["loss"] = {split: losses}
-    results["video_by_tenth"] = mean_by_tenth([pair for of_clip in drifts for pair in of_clip])
-    results["train_s"] = round(elapsed, 1)
-    results["wall_s"] = round(elapsed + time.time() - begin, 1)
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    write_text(Path(out, "results.json"), text + "\n")
-    print(text)
-    shown = [show_description(world, data, i, told) for i, told in enumerate(captions)]
-    shown += show_drawings(world, data, videos, results.get("joint"))
-    return Evaluation(results, {"gallery": shown})
+    path, texts = Path(path), {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        for row in rows_of(line) if several else [line]:
+            if not line.strip():
+                continue
+            try:
+                video, caption, window = read_row(row, ("video", "caption"))
+                of_clip = texts.setdefault((video, window or 0), [])
+                if several and not words(caption):
+                    raise ValueError("caption has no words")
+                if of_clip and not several:
+                    raise ValueError(f"{named_clip(video, window)} has a caption already")
+            except ValueError as error:
+                raise ValueError(f"{flag} {path}, line {number}: {error}") from None
+            if caption not in of_clip:
+                of_clip.append(caption)
+    if not texts:
+        raise ValueError(f"{flag} {path} is empty, wanted a row {{video, caption}} a line")
+    return texts
 
 
-def modes(has_text):
-    """Those that draw."""
-    return ("generate", "joint") if has_text else ("generate",)
+def rows_of(line):
+    """A line whose caption is a list, as a line for each of them; any other as it is."""
+    try:
+        row = json.loads(line)
+        several = isinstance(row["caption"], list)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return [line]
+    if not several or not row["caption"]:
+        return [line]
+    return [json.dumps(row | {"caption": text}).encode() for text in row["caption"]]
 
 
-def seeded(world, i=0):
-    """The noise of sample number i, as sample.py --seed draws it."""
-    return torch.Generator().manual_seed(world.seed + i)
+def named_clip(video, window):
+    return f"window {window} of {video}" if window else video
 
 
-def one_clip(data, index, model):
-    """A batch of one clip, on the model's device."""
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in data.__getitems__([index]).items()}
+def words(text):
+    """A text as it is compared: its words in lower case, one space between two."""
+    return " ".join(re.findall(r"\w+(?:['-]\w+)*", text.lower().replace("’", "'")))
 
 
-def measure(world, model, data, i, has_text):
-    """Each loss of a clip, for each text that may be the target: name -> number."""
-    batch, losses = one_clip(data, i, model), {}
-    for target in world.texts if has_text else (None,):
-        generator = torch.Generator().manual_seed(world.seed * 1_000_003 + i)
-        y = batch[target] if target else None
-        _, parts = uni_flow_loss(model, batch["z_v"], y, batch["c"], generator=generator)
-        for name in ("video", "text", "anchor") if target else ("video",):
-            losses[f"{name} ({target})" if target else name] = parts[name].item()
-    return losses
+# ---------------------------------------------------------------- against references
 
 
-def drift(world, model, data, i):
-    """A clip's losses of the video alone, see engine.drift."""
-    clip = one_clip(data, i, model)
-    return losses_by_tenth(model, clip["z_v"], clip["c"], i, world.seed)
+def compare(flags, captions, references):
+    """What is measured of the clips that both files have, and how many have one alone.
 
-
-def describe(world, model, data, i):
-    """What the model writes of a clip: "written", without a prompt, "with prompt", and "wanted",
-    the clip's longest text.
+    Raises ValueError where there is no such clip.
     """
-    batch, options = one_clip(data, i, model), world.options("understand", data[i]["z_v"].shape)
-    if latents_of(model.config) == "raw":
-        options["reuse_video"] = False  # published weights compute all
-    y = [
-        understand(model, batch["z_v"], c, generator=seeded(world, i), **options)
-        for c in (None, batch["c"])
-    ]
-    texts = world.tokenizer.decode(torch.cat([*y, batch[world.texts[-1]]]).cpu())
-    return dict(zip(("written", "with prompt", "wanted"), texts))
+    common = [clip for clip in captions if clip in references]
+    if not common:
+        raise ValueError(
+            f"--captions {flags.captions} and --references {flags.references} have no clip in "
+            f"common: the first are of {named_clip(*next(iter(captions)))} and of "
+            f"{named_clip(*next(iter(references)))}"
+        )
+    found = {
+        "clips": len(common),
+        "captions without references": len(captions) - len(common),
+        "references without a caption": len(references) - len(common),
+    }
+    said, wanted = ([texts[clip] for clip in common] for texts in (captions, references))
+    return found | scores(said, wanted)
 
 
-def draw(world, model, data, mode, has_text):
-    """Draws the first clip's text in a mode: z_v (1, C, F, H, W) on the CPU, and the text that
-    joint wrote, None for generate.
+def scores(said, wanted):
+    """CIDEr-D (0 to 10), BLEU-4 and ROUGE-L (0 to 1) of B texts, each against a list of texts.
+
+    CIDEr-D is None for one text alone, which says nothing of how rare a word is.
     """
-    clip = one_clip(data, 0, model)
-    shape = clip["z_v"].shape[1:]
-    options = world.options(mode, shape) | {"generator": seeded(world)}
-    options["c_null"] = world.c_null.to(clip["c"])
-    if mode == "generate":
-        y = clip[world.texts[-1]] if has_text else None
-        options["keep_text"] = latents_of(model.config) == "raw"  # the published weights' way
-        z_v = generate(model, y, clip["c"], shape, **options)
-        return z_v.cpu(), None
-    z_v, y_hat = joint(model, clip["c"], shape, **options)
-    return z_v.cpu(), world.tokenizer.decode(y_hat.cpu())[0]
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    of_clips = {i: [words(text)] for i, text in enumerate(said)}
+    references = {i: [words(text) for text in texts] for i, texts in enumerate(wanted)}
+    bleu, _ = Bleu(4).compute_score(references, of_clips, verbose=0)
+    cider, _ = Cider().compute_score(references, of_clips) if len(said) > 1 else (None, None)
+    rouge, _ = Rouge().compute_score(references, of_clips)
+    found = {"CIDEr-D": cider, "BLEU-4": bleu[3], "ROUGE-L": rouge}
+    return {name: None if value is None else float(value) for name, value in found.items()}
 
 
-# ---------------------------------------------------------------- what a report shows
+# ---------------------------------------------------------------- by the model
 
 
-def show_description(world, data, i, told):
-    z_v = data[i]["z_v"][None, :, :3]  # decoding all takes its time
-    lines = [
-        ("wanted", told["wanted"]),
-        ("the model wrote", told["written"]),
-        ("with the prompt", told["with prompt"]),
-    ]
-    frames = world.codec.decode(z_v)[0]
-    return {"mode": "understand", "right": None, "frames": frames, "lines": lines}
+def agreement(flags, captions):
+    """The share of clips whose own caption has the smallest text loss of at most 1 + OTHERS.
+
+    Raises ValueError where there is nothing to measure.
+    """
+    device = sample.choose_device(flags.device)
+    checkpoint = sample.open_checkpoint(flags.checkpoint, flags.wan, device)
+    if checkpoint.stage == "generator":
+        raise ValueError(sample.no_text(checkpoint))
+    size = sample.chosen_size(flags, checkpoint.world)
+    chosen = choose(encode(captions, checkpoint.world.tokenizer))
+    if checkpoint.needs_prompt:
+        print(f"{checkpoint.name}: {checkpoint.needs_prompt}; here it has none", file=sys.stderr)
+    fits, model = {}, None
+    for clip, z_v in latents(flags, checkpoint.world, size, chosen):
+        model = model or checkpoint.load()  # now: there may be no video that can be read
+        texts = torch.tensor([chosen[clip]], device=device)
+        with preferred_attention(device), captured_text_steps(model):
+            losses = text_losses(model, z_v.to(device), texts, reuse_video=not checkpoint.published)
+        fits[clip] = bool(losses[0, 0] < losses[0, 1:].min())
+    if not fits:
+        raise ValueError(f"--videos {flags.videos} has none of the {len(chosen)} videos")
+    return {
+        "clips": len(fits),
+        "share": fmean(fits.values()),
+        "chance": fmean(1 / len(chosen[clip]) for clip in fits),
+        "checkpoint": str(flags.checkpoint),
+    }
 
 
-def show_drawings(world, data, drawn, written):
-    """What each mode was asked, what it drew, and what joint wrote."""
-    clip, has_text = data[0], written is not None
-    found = []
-    for mode, frames in drawn.items():
-        asked = clip[world.texts[-1] if has_text and mode == "generate" else "prompt"]
-        lines = [("asked", *world.tokenizer.decode(asked[None]))]
-        if mode == "joint":
-            lines.append(("the model wrote", written))
-        found.append({"mode": mode, "right": None, "frames": frames[0], "lines": lines})
-    return found
+def encode(captions, tokenizer):
+    """{clip: caption} -> {clip: its tokens, a tuple}. Raises ValueError, which names the clip."""
+    rows = {}
+    for clip, text in captions.items():
+        try:
+            rows[clip] = tuple(tokenizer.encode([text])[0].tolist())
+        except ValueError as error:
+            raise ValueError(f"caption of {named_clip(*clip)}: {one_line(error)}") from None
+    return rows
+
+
+def choose(rows):
+    """{clip: its row} -> {clip: its row, and at most OTHERS that differ}, the same each time.
+
+    Raises ValueError where all rows are the same.
+    """
+    distinct = sorted(set(rows.values()))
+    if len(distinct) == 1:
+        raise ValueError("all captions are the same text, so no other can fit a clip worse")
+    chosen = {}
+    for clip, own in rows.items():
+        drawn = random.Random(str(clip)).sample(distinct, min(OTHERS + 1, len(distinct)))
+        chosen[clip] = [own, *[row for row in drawn if row != own][:OTHERS]]
+    return chosen
+
+
+def latents(flags, world, size, clips):
+    """Yields (clip, z_v) of those that can be read, as sample.py understand reads them; names the
+    rest. Files are read ahead."""
+    sizes = [flags.size] if flags.size else getattr(world, "frame_sizes", None)
+
+    def read(clip):
+        video, window = clip
+        path = find_video(Path(flags.videos), video)
+        if world.fixed_size:
+            return read_video(path, size)
+        pixels, _ = read_clip(path, sizes, size[0], window)
+        return to_frames(pixels)
+
+    if size[1] * size[2] > 480 * 832:  # as sample.py
+        world.codec.vae.enable_tiling()
+    progress = tqdm(ahead(read, clips, 1), total=len(clips), unit="clip", disable=None)
+    for clip, frames in progress:
+        try:
+            z_v = world.codec.encode(frames.result())
+        except (ValueError, OSError) as error:
+            print(f"left out: {one_line(error)}", file=sys.stderr)
+            continue
+        yield clip, z_v
+
+
+# ---------------------------------------------------------------- the command
+
+
+def show_scores(found):
+    alone = [(found[name], name) for name in list(found)[2:4]]
+    left = "".join(f"; {count} {name}" for count, name in alone if count)
+    print(f"{found['clips']} clips have captions and references{left}")
+    cider = found["CIDEr-D"]
+    print(f"CIDEr-D    {'needs two clips' if cider is None else f'{cider:.3f} of 10'}")
+    print(f"BLEU-4     {found['BLEU-4']:.3f}")
+    print(f"ROUGE-L    {found['ROUGE-L']:.3f}")
+    print(
+        "CIDEr-D weighs a word by how few of the clips' references have it: it compares models on "
+        "the same references, and means little with few"
+    )
+
+
+def show_agreement(found):
+    print(
+        f"agreement  {found['share']:.3f} of {found['clips']} clips, chance {found['chance']:.3f}: "
+        "their own caption fits best"
+    )
+
+
+def parse(argv):
+    parser = make_parser("wan.evaluate", __doc__)
+    add = parser.add_argument
+    add("--captions", required=True, help="JSONL file, a row {video, caption} a line")
+    add("--references", help="JSONL file, a row {video, caption} a line, or several of a video")
+    add("--out", type=named("a file"), help="JSON file that gets the numbers, too")
+    add("--checkpoint", help="the model to ask, as for sample.py; with --videos")
+    add("--videos", help="folder of the videos that the captions are of")
+    as_written = "as for sample.py understand, when it wrote the captions"
+    add("--wan", help="folder or hub id with Wan's VAE and tokenizer (default: the checkpoint's)")
+    add("--frames", type=FRAMES, help=f"{as_written} (default: the checkpoint's)")
+    add("--size", type=rows_by_columns, help=f"{as_written} (default: the checkpoint's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    flags = parse(argv)
+    with failing_in_one_line("wan.evaluate"):
+        evaluate(flags)
+
+
+if __name__ == "__main__":
+    run_command(main)
