@@ -26,8 +26,8 @@ def text_losses(model, z_v, texts, c=None, *, reuse_video=True):
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c
     one = torch.ones(b, device=z_v.device)
     if reuse_video:
-        generators = [torch.Generator().manual_seed(DRAWS) for _ in z_v]
-        noise = flow.noise(model, z_v, n, generators)
+        noise = flow.noise(model, z_v[:1], n, torch.Generator().manual_seed(DRAWS))
+        noise = noise.repeat_interleave(b, dim=0)  # else a loss would depend on the place in z_v
         _, _, memory = model(z_v, noise, one, 0 * one, c, remember=True)
 
     losses = []
