@@ -58,10 +58,10 @@ def draw(model, world, split, indices, options):
     data = world.dataset(split)
     z_v, clips = data.__getitems__(indices)["z_v"], data.clips(indices)
     generators = [torch.Generator().manual_seed(i) for i in indices]
-    texts: list = []
-    found: dict = {name: [] for name in ("right", "confidence", "first step", "last step")}
+    texts = []
+    found = {name: [] for name in ("right", "confidence", "first step", "last step")}
     for _ in range(max(BEST_OF)):
-        states: list = []
+        states = []
         more = {"generator": generators, "callback": lambda k, *of, to=states: to.append(of)}
         texts.append(understand(model, z_v, **options, **more))
         found["right"].append(right(world, clips, world.tokenizer.decode(texts[-1])))
