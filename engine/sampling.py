@@ -59,8 +59,8 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "and clocks (without a name: %(const)s)",
     "batch": "how many samples at once; each has its own noise, so that it comes out as it would "
     "alone (default: on a GPU as many as fit, at most 16; 1 on a CPU)",
-    "best-of": "captions to draw of each video; the one of the smallest text loss is kept "
-    "(default: 1)",
+    "best-of": "captions to draw of each video, from one noise after the other; the one of the "
+    "smallest text loss is kept (default: 1)",
     "size": "rows x columns of the video, multiples of 16 (default: the world's)",
     "frames": "frames of the video, 4n + 1 (default: the world's)",
     "steps": "solver steps (default: the world's)",
