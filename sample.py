@@ -22,9 +22,10 @@ import json
 import os
 import sys
 from dataclasses import dataclass, fields
+from itertools import groupby, islice
 from pathlib import Path
 
-from engine.threads import spin_briefly_beside_others
+from engine.threads import one_ahead, spin_briefly_beside_others
 
 if __name__ == "__main__":
     spin_briefly_beside_others()
@@ -42,6 +43,7 @@ from engine.graphs import captured_text_steps
 from engine.options import run_command
 from engine.rows import append_row, read_rows
 from engine.sampling import parse
+from engine.score import Confidence, text_losses
 from engine.video import (
     READABLE,
     check_video_out,
@@ -198,10 +200,12 @@ def run(flags):
     options = sampler_options(flags, checkpoint, shape)
     check_page(flags)
     work = (to_describe if flags.mode == "understand" else to_draw)(flags, checkpoint.world)
+    config, has_text = checkpoint.config, checkpoint.stage != "generator"
+    count, _ = cost.parameters(build, config)
+    job = cost.Sampling(config, count, shape, flags.mode, options, has_text)
+    at_once = flags.batch or cost.samples_at_once(job, device)
     if flags.dry_run:
-        config, has_text = checkpoint.config, checkpoint.stage != "generator"
-        count, _ = cost.parameters(build, config)
-        cost.print_sampling(count, config, shape, flags.mode, options, has_text, device, len(work))
+        cost.print_sampling(job, device, len(work), at_once)
         if not checkpoint.world.fixed_size:
             decode = cost.VAE_GB * size[1] * size[2] / (480 * 832)
             print(
@@ -214,9 +218,9 @@ def run(flags):
         checkpoint.world.codec.vae.enable_tiling()  # in fp32, frames of 720p may not fit
     with preferred_attention(device):
         if work and flags.mode == "understand":
-            describe(flags, checkpoint, size, options, work)
+            describe(flags, checkpoint, size, options, work, at_once)
         elif work:
-            draw(flags, checkpoint, shape, options, work)
+            draw(flags, checkpoint, shape, options, work, at_once)
 
 
 def no_text(checkpoint):
@@ -384,37 +388,56 @@ def is_object(line):
 # ---------------------------------------------------------------- the three modes
 
 
-def describe(flags, checkpoint, size, options, work):
+def describe(flags, checkpoint, size, options, work, at_once):
     """understand: prints the caption of a video, or many, of a folder or windows, as JSON lines."""
     world, model = checkpoint.world, None
     done = described(flags) if flags.window else ()
     if checkpoint.needs_prompt and flags.prompt is None:
         print(f"{checkpoint.name}: {checkpoint.needs_prompt}; give --prompt", file=sys.stderr)
     (c,) = embed(world, [flags.prompt]) if flags.prompt is not None else (None,)
-    for i, video, window, frames in clips(flags, world, size, work):
-        if (utf8_name(video), window) in done:
-            continue
-        z_v = world.codec.encode(frames)
+    latents = (
+        (i, video, window, world.codec.encode(frames))
+        for i, video, window, frames in one_ahead(clips(flags, world, size, work))
+        if (utf8_name(video), window) not in done
+    )
+    for batch in alike(latents, at_once, lambda clip: clip[-1].shape):
         model = model or checkpoint.load()  # now: the only video may have been a wrong one
-        z_v = z_v.to(checkpoint.device)
-        record = trajectory.Recorder(model) if flags.trajectory else None
-        generator = torch.Generator().manual_seed(flags.seed + i)
-        c = None if c is None else c.to(checkpoint.device)
-        with captured_text_steps(model):
-            y_hat = understand(model, z_v, c, generator=generator, callback=record, **options)
-        caption = world.tokenizer.decode(y_hat.cpu())[0]
-        row = {"video": utf8_name(video), "caption": caption}
-        row |= {} if window is None else {"window": window}
-        row |= {} if flags.prompt is None else {"prompt": flags.prompt}
-        print(json.dumps(row, ensure_ascii=False) if in_rows(flags) else caption, flush=True)
-        if flags.out and in_rows(flags):
-            append_row(flags.out, row)
-        elif flags.out:
-            write_text(flags.out, caption + "\n")
-        if record:
-            write_page(flags, world, options, record.finish(y_hat), row)
+        numbers, videos, windows, z_v = zip(*batch)
+        z_v = torch.cat(z_v).to(checkpoint.device)
+        c_each = None if c is None else c.to(checkpoint.device).expand(len(z_v), -1, -1)
+        watch = callback(flags, model)
+        common = options | {"generator": generators(flags, numbers), "callback": watch}
+        y_hat, sure = captions(flags, model, z_v, c_each, common)
+        texts = world.tokenizer.decode(y_hat)
+        for k, (video, window, caption) in enumerate(zip(videos, windows, texts)):
+            row = {"video": utf8_name(video), "caption": caption}
+            row |= {} if window is None else {"window": window}
+            row |= {} if flags.prompt is None else {"prompt": flags.prompt}
+            row |= {} if sure is None else {"confidence": round(sure[k].item(), 3)}
+            print(json.dumps(row, ensure_ascii=False) if in_rows(flags) else caption, flush=True)
+            if flags.out and in_rows(flags):
+                append_row(flags.out, row)
+            elif flags.out:
+                write_text(flags.out, caption + "\n")
+        if flags.trajectory:
+            write_page(flags, world, options, watch.finish(y_hat), row)
     if model is None and not (flags.out and Path(flags.out).exists()):
         raise ValueError(f"--videos {flags.videos} holds no video that can be read, of {len(work)}")
+
+
+def captions(flags, model, z_v, c, options):
+    """What understand writes of a batch of videos, of --best-of the best: y_hat (B, N), and, where
+    captions are rows, how sure the model is of them, (B,), else None."""
+    texts, sure = [], []
+    for _ in range(flags.best_of):  # a generator goes on where it was
+        with captured_text_steps(model):
+            texts.append(understand(model, z_v, c, **options))
+        sure += [options["callback"].of(texts[-1])] if in_rows(flags) else []
+    y_hat, best, rows = torch.stack(texts, 1), 0, torch.arange(len(z_v))
+    if flags.best_of > 1:
+        losses = text_losses(model, z_v, y_hat, c, reuse_video=options["reuse_video"])
+        best = losses.argmin(1).cpu()
+    return y_hat[rows, best].cpu(), torch.stack(sure, 1).cpu()[rows, best] if sure else None
 
 
 def clips(flags, world, size, work):
@@ -448,7 +471,7 @@ def clips(flags, world, size, work):
             print(f"left out: {one_line(error)}", file=sys.stderr)
 
 
-def draw(flags, checkpoint, shape, options, work):
+def draw(flags, checkpoint, shape, options, work, at_once):
     """generate and joint: writes the video of a prompt, or those of a file of prompts with their
     index.jsonl. joint also prints its captions.
     """
@@ -467,28 +490,56 @@ def draw(flags, checkpoint, shape, options, work):
     def padded(c):
         return F.pad(c, (0, 0, 0, config.prompt_len - c.shape[1])).to(checkpoint.device)
 
-    for (i, prompt, path), c, y in zip(work, embeddings, texts):
-        record = trajectory.Recorder(model) if flags.trajectory else None
+    jobs = zip(work, embeddings, texts)
+    for batch in alike(jobs, at_once, lambda job: None if job[-1] is None else job[-1].shape):
+        places, c, y = zip(*batch)
+        c = torch.cat([padded(one) for one in c])
+        watch = callback(flags, model)
         common = options | {
-            "generator": torch.Generator().manual_seed(flags.seed + i),
+            "generator": generators(flags, [i for i, _, _ in places]),
             "c_null": padded(c_null),
-            "callback": record,
+            "callback": watch,
         }
-        row = {"video": path.name, "prompt": prompt}
+        rows = [{"video": path.name, "prompt": prompt} for _, prompt, path in places]
         if flags.mode == "generate":
-            y = None if y is None else y.to(checkpoint.device)
-            z_v = generate(model, y, padded(c), shape, keep_text=checkpoint.published, **common)
+            y = None if y[0] is None else torch.cat(y).to(checkpoint.device)
+            z_v = generate(model, y, c, shape, keep_text=checkpoint.published, **common)
             y_hat = None
         else:
-            z_v, y_hat = joint(model, padded(c), shape, **common)
-            row["caption"] = world.tokenizer.decode(y_hat.cpu())[0]
-            print(row["caption"], flush=True)
-        write_video(path, world.codec.decode(z_v), world.fps)
-        print(f"wrote {path}", file=sys.stderr)
-        if flags.prompts:
-            append_row(path.with_name("index.jsonl"), row)
-        if record:
-            write_page(flags, world, options, record.finish(y_hat), row)
+            z_v, y_hat = joint(model, c, shape, **common)
+            for row, caption in zip(rows, world.tokenizer.decode(y_hat.cpu())):
+                row["caption"] = caption
+            for row, sure in zip(rows, watch.of(y_hat).tolist() if flags.prompts else ()):
+                row["confidence"] = round(sure, 3)
+        for (_, _, path), row, z in zip(places, rows, z_v.split(1)):
+            if "caption" in row:
+                print(row["caption"], flush=True)
+            write_video(path, world.codec.decode(z), world.fps)
+            print(f"wrote {path}", file=sys.stderr)
+            if flags.prompts:
+                append_row(path.with_name("index.jsonl"), row)
+        if flags.trajectory:
+            write_page(flags, world, options, watch.finish(y_hat), rows[0])
+
+
+def alike(items, most, kind):
+    """Consecutive items that share kind(item), in lists of at most so many."""
+    for _, group in groupby(items, kind):
+        while batch := list(islice(group, most)):
+            yield batch
+
+
+def generators(flags, numbers):
+    """One for each sample, by its number: its noise is the same in any batch."""
+    return [torch.Generator().manual_seed(flags.seed + i) for i in numbers]
+
+
+def callback(flags, model):
+    """What a sampler reports to: for the page of --trajectory, or for the captions of rows."""
+    if flags.trajectory:
+        return trajectory.Recorder(model)
+    many = in_rows(flags) if flags.mode == "understand" else flags.prompts
+    return Confidence(model) if many else None
 
 
 def embed(world, prompts):

@@ -157,7 +157,10 @@ def to_device(x, device):
 
 
 def noise_like(z, generator=None):
-    """Gaussian noise shaped as z, drawn on the generator's device (default: the CPU)."""
+    """Gaussian noise shaped as z, drawn on the generator's device (default: the CPU). Of a list of
+    generators each draws a sample of the batch: as it would alone, whatever its neighbours are."""
+    if isinstance(generator, list):
+        return torch.cat([noise_like(z_i[None], g) for z_i, g in zip(z, generator, strict=True)])
     home = generator.device if generator else "cpu"
     return to_device(torch.randn(z.shape, generator=generator, device=home), z.device).to(z.dtype)
 
@@ -247,8 +250,7 @@ def text_rope(n, head_dim, device):
 def rotate(x, cos, sin, pairs):
     """Turns x (B, heads, n, head_dim) by angles (n, head_dim/2), one for each pair of entries.
 
-    pairs: "adjacent" = (2i, 2i+1), Wan's; "halves" = (i, i + head_dim/2), the published text's.
-    """
+    pairs: "adjacent" = (2i, 2i+1), Wan's; "halves" = (i, i + head_dim/2), the published text's."""
     sizes, two = ((-1, 2), -1) if pairs == "adjacent" else ((2, -1), -2)
     a, b = x.float().unflatten(-1, sizes).unbind(two)  # (B, heads, n, head_dim/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], two).flatten(-2).type_as(x)
@@ -602,8 +604,7 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     Returns a scalar, eq. 11 divided by the number of entries of a latent, plus the anchor; and a
     dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's
     entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t". With y None:
-    the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape.
-    """
+    the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape."""
     b, device, flow, cfg = len(z_v1), z_v1.device, model.text_flow, model.config
     if y is None:
         clocks = "independent" if clocks == "mixture" else clocks  # without text there are no lines
@@ -650,8 +651,7 @@ def with_nulls(point, *nulls):
 def guide(v, guidance, passes=2, null=1):
     """Guidance: v_null + guidance (v_cond - v_null); 1 = conditional, 0 = unconditional.
 
-    v: the velocities of with_nulls's passes; null: the one where another modality is pure noise.
-    """
+    v: the velocities of with_nulls's passes; null: the one where another modality is pure noise."""
     if guidance == 1:
         return v
     v = v.chunk(passes)
@@ -669,7 +669,7 @@ def understand(model, z_v, c=None, *, steps=20, shift=None, guidance=1.0, length
     steps compute the text alone: an approximation, since the video's keys depend on the text.
     callback(k, tau_v, tau_t, z_v, z_t, v_v, v_t): the state after k = 0, 1, ... steps, and the
     velocities that led there (None at k = 0, and for what is given). Returns y_hat (B, N) int64.
-    Raises ValueError for steps < 1, shift <= 0, shapes that do not fit.
+    Raises ValueError for steps < 1, shift <= 0, shapes that do not fit. generator: see noise_like.
     """
     cfg, b, flow, memory = model.config, len(z_v), model.text_flow, None
     c = z_v.new_zeros(b, cfg.prompt_len, cfg.prompt_dim) if c is None else c

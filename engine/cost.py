@@ -205,12 +205,50 @@ def sampling_memory(config, n_v, n_t, passes, reused, bf16):
     return passes * (n * max(in_ffn, in_attention) + cache)
 
 
-def print_sampling(count, config, shape, mode, options, has_text, device, samples):
-    """Prints what `samples` samples take: `count` parameters, latents of `shape` (C, F, H, W).
+@dataclass
+class Sampling:
+    """What is sampled, in sizes alone."""
 
-    options: the sampler's arguments. has_text: whether there is a text stream.
-    """
-    n_v, n_t = video_tokens(config, shape), config.text_len if has_text else 0
+    config: Config
+    count: int  # parameters
+    shape: tuple  # (C, F, H, W) of a latent
+    mode: str
+    options: dict  # the sampler's arguments
+    has_text: bool  # whether there is a text stream
+
+    @property
+    def tokens(self):
+        """Those of the video and of the text."""
+        return video_tokens(self.config, self.shape), self.config.text_len if self.has_text else 0
+
+    @property
+    def passes(self):
+        """Of a step."""
+        return 1 if self.options["guidance"] == 1 else 3 if self.mode == "joint" else 2
+
+    def memory(self, device):
+        """Bytes of a sample beside the weights."""
+        reused, bf16 = bool(self.options.get("reuse_video")), device.type == "cuda"
+        return sampling_memory(self.config, *self.tokens, self.passes, reused, bf16)
+
+
+MOST_AT_ONCE = 16
+
+
+def samples_at_once(job, device):
+    """How many samples of a Sampling fit a GPU beside the weights, which are not there yet, at
+    least 1; a fifth is left to what is not counted. 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    fit = int(0.8 * (free - 2 * job.count) / job.memory(device))
+    return max(1, min(fit, MOST_AT_ONCE))
+
+
+def print_sampling(job, device, samples, batch):
+    """Prints what so many samples of a Sampling take, `batch` of them at once."""
+    config, shape, mode, options = job.config, job.shape, job.mode, job.options
+    (n_v, n_t), passes = job.tokens, job.passes
     n, d = n_v + n_t, config.dim
 
     def pass_flops(tokens, ffn_dim):  # 2 per multiply-add; the prompt's keys and values left out
@@ -220,17 +258,16 @@ def print_sampling(count, config, shape, mode, options, has_text, device, sample
     video, text = pass_flops(n_v, config.ffn_dim), pass_flops(n_t, config.text_ffn_dim)
     steps, guidance = options["steps"], options["guidance"]
     shift = options.get("shift", config.text_shift if mode == "understand" else 1)
-    passes = 1 if guidance == 1 else 3 if mode == "joint" else 2  # of a step
     video_steps = 1 if options.get("reuse_video") else steps
     flops = passes * (video_steps * video + steps * text)
     each = 2 if device.type == "cuda" else 4  # bytes of a number
-    reused = bool(options.get("reuse_video"))
-    activations = sampling_memory(config, n_v, n_t, passes, reused, each == 2)
+    activations = batch * job.memory(device)
+    at_once = f" for {batch} at once" if batch > 1 else ""
     rate = measured_flops(device)
     print(f"video latent {' x '.join(map(str, shape))}: {n_v:,} video tokens and {n_t} text tokens")
     print(
-        f"{count:,} parameters, {count * each / 1e9:.1f} GB of weights, "
-        f"about {activations / 1e9:.1f} GB of activations"
+        f"{job.count:,} parameters, {job.count * each / 1e9:.1f} GB of weights, "
+        f"about {activations / 1e9:.1f} GB of activations{at_once}"
     )
     print(
         f"{steps} steps, guidance {guidance:g}, shift {shift:g}: "

@@ -57,6 +57,10 @@ HELP = {  # flag, or mode and flag, -> what --help says
     "caption": "detailed caption for the text stream (default: the prompt)",
     "trajectory": "also write a page, one HTML file, with a slider over the steps: states, guesses "
     "and clocks (without a name: %(const)s)",
+    "batch": "how many samples at once; each has its own noise, so that it comes out as it would "
+    "alone (default: on a GPU as many as fit, at most 16; 1 on a CPU)",
+    "best-of": "captions to draw of each video, from one noise after the other; the one of the "
+    "smallest text loss is kept (default: 1)",
     "size": "rows x columns of the video, multiples of 16 (default: the world's)",
     "frames": "frames of the video, 4n + 1 (default: the world's)",
     "steps": "solver steps (default: the world's)",
@@ -88,6 +92,11 @@ def parse(argv, description):
         parser.error(f"--trajectory goes with one --{many[:-1]}, found --{many}")
     if flags.trajectory is not None and flags.mode == "understand" and flags.window:
         parser.error("--trajectory goes with one clip, found --window")
+    if flags.mode == "understand" and flags.trajectory is not None and flags.best_of > 1:
+        parser.error("--trajectory goes with one caption, found --best-of")
+    one = getattr(flags, many) is None and not (flags.mode == "understand" and flags.window)
+    if flags.batch is not None and one:
+        parser.error(f"--batch goes with --{many}, found one --{many[:-1]}")
     return flags
 
 
@@ -106,12 +115,14 @@ def add_flags(parser, mode):
         add("window", action="store_true")
         add("prompt", type=utf8)
         add("recompute-video", action="store_true")
+        add("best-of", type=number(int, 1, 1000), default=1)
     else:
         add("prompt", one_of, type=utf8)
         add("prompts", one_of)
         add("negative-prompt", type=utf8)
     if mode == "generate":
         add("caption", type=utf8)
+    add("batch", type=number(int, 1, 10**4))
     add("out")
     add("trajectory", nargs="?", const=f"{mode}.html", metavar="PAGE")
     add("size", type=rows_by_columns)

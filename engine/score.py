@@ -1,10 +1,12 @@
-"""How well texts fit videos, as the model itself sees it: by their text losses."""
+"""What the model itself thinks of texts: how well they fit a video, and how sure it is of them."""
 
 import torch
 from einops import rearrange
 
+from engine.trajectory import guess_tokens
 from univigu import warp
 
+END = 1  # the token of a text's end, in every world
 DRAWS = 8  # clocks, each with a noise of its own
 
 
@@ -46,3 +48,31 @@ def text_losses(model, z_v, texts, c=None, *, reuse_video=True):
             total = total + loss / u_t[0].numel()
         losses.append(total / DRAWS)
     return torch.stack(losses, dim=1).float()
+
+
+class Confidence:
+    """A sampler's callback that ends with how sure the model is of the captions it wrote.
+
+    That is how certain its guesses of the tokens were, see guess_tokens, on the way: the mean over
+    the steps. The last one alone tells less, the more steps there are: near the data a guess
+    repeats what is there.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, k, tau_v, tau_t, z_v, z_t, v_v, v_t):
+        if k == 0:
+            self.total = 0
+        elif v_t is not None:
+            rows = zip(self.z_t.split(1), v_t.split(1))  # for the logits of one fill a gigabyte
+            sure = [guess_tokens(self.model, self.tau_t, *row)[1] for row in rows]
+            self.total = self.total + torch.cat(sure).clamp(max=1)
+        self.k, self.tau_t, self.z_t = k, tau_t, z_t
+
+    def of(self, y_hat):
+        """y_hat (B, N), what the sampler returned -> (B,) in [0, 1], the mean over a caption's
+        tokens, its end included."""
+        ends = y_hat == END
+        written = ends.cumsum(1) - ends.long() == 0  # no end before
+        return (self.total / self.k * written).sum(1) / written.sum(1)

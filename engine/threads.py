@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 # Turns of a waiting loop. libgomp's 300,000 are quickest where all cores are free; where another
 # process has one, each parallel region of a step may take that long.
@@ -57,3 +58,12 @@ def ahead(function, items, threads):
         yield from waiting
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def one_ahead(items):
+    """The items of an iterator; a thread makes the next one while the last one is in use."""
+    items, end = iter(items), object()
+    for _, future in ahead(lambda _: next(items, end), count(), threads=1):
+        if (item := future.result()) is end:
+            return
+        yield item

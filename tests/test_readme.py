@@ -282,6 +282,42 @@ def reading():
     return markdown(["video computed in, by steps", *STEPS], rows)
 
 
+# ---------------------------------------------------------------- how sure it is
+
+SURE = {"toy": "toy, unseen combinations", "pairs1": "pairs, level 1", "pairs2": "pairs, level 2"}
+
+
+def sure(name):
+    return stored(f"toy/results/confidence/{name}")
+
+
+def confidence():
+    """What is right by confidence: captions in eight parts of one size, the least sure first."""
+    rows = []
+    for name, about in SURE.items():
+        of, ranks = sure(name), sure(name)["auc"]
+        parts = [f"{part['all right']:.2f}" for part in of["reliability"]]
+        auc = f"{ranks['confidence']:.2f}", f"{ranks['last step']:.2f}", f"{ranks['text loss']:.2f}"
+        rows.append([about, f"{of['all right']:.3f}", *parts, *auc])
+    parts = ["1st eighth", *(f"{k}th" for k in range(4, 9))]
+    parts[1:1] = ["2nd", "3rd"]
+    head = ["captions that are all right", "of all", *parts]
+    return markdown([*head, "AUC", "AUC, last step", "AUC, text loss"], rows)
+
+
+def best_of():
+    """What is right of the captions that are kept, of one to eight."""
+    rows = []
+    for name, about in SURE.items():
+        of = sure(name)["best of"]
+        cells = [f"{kept['all right']:.3f}" for kept in of.values()]
+        most = of["8"]
+        others = f"{most['all right, by confidence']:.3f}", f"{most['any of them right']:.3f}"
+        rows.append([about, *cells, *others])
+    head = ["captions that are all right, best of", "1", "2", "4", "8"]
+    return markdown([*head, "8, by confidence", "any of 8"], rows)
+
+
 # ---------------------------------------------------------------- costs
 
 
@@ -443,7 +479,7 @@ def forward():
 TABLES = {
     README: [pictures, results, forward],
     TOY: [levels, speed, neighbour],
-    RESULTS: [seeds, verdicts, claims, trainings, widths, choices, reading],
+    RESULTS: [seeds, verdicts, claims, trainings, widths, choices, reading, confidence, best_of],
     WAN: [settings, h100, steps, reuse],
 }
 PLACES = [(document, table) for document, tables in TABLES.items() for table in tables]
@@ -478,6 +514,14 @@ def test_reuse_is_ten_times_faster_where_the_text_is_short_and_costs_no_accuracy
     assert short["understand"]["every"] > 10 * short["understand"]["first"]
     checks = [c for c in found("text_flow")["checks"] if "computed once" in c["says"]]
     assert len(checks) == 2 and all(c["holds"] and c["above"] >= -0.005 for c in checks)
+
+
+def test_confidence_tells_right_from_wrong_in_both_worlds():
+    """Else sample.py would not show it."""
+    for name in SURE:
+        assert sure(name)["auc"]["confidence"] > 0.7
+        first, *_, last = [part["all right"] for part in sure(name)["reliability"]]
+        assert last > first
 
 
 def test_the_map_names_every_room():
@@ -548,7 +592,7 @@ def test_flags_in_the_text_are_flags_of_a_program(help_of):
         for name in (
             *("train.py", "wan.bench", "wan.prepare", "wan.caption", "wan.smoke"),
             *("wan.evaluate", "wan.vbench"),
-            *("toy.experiments", "toy.judge", "toy.square"),
+            *("toy.experiments", "toy.judge", "toy.square", "toy.confidence"),
         )
     ]
     known = {flag for program in programs for flag in re.findall(r"--[\w-]+", help_of(*program))}

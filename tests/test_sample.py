@@ -392,7 +392,7 @@ def test_defaults_are_those_of_the_world(mode, use, clips, work, monkeypatch):
         for name, value in calls[0].items()
         if name in ("steps", "guidance", "shift", "text_shift", "reuse_video")
     } == World.sampling[mode]
-    assert calls[0]["generator"].initial_seed() == 0
+    assert [generator.initial_seed() for generator in calls[0]["generator"]] == [0]
 
 
 @pytest.mark.parametrize(
@@ -912,6 +912,7 @@ def test_a_file_of_prompts_gives_what_the_prompts_give_one_by_one(use, work):
         "joint", "--prompts", "prompts.txt", "--out", "drawn", "--steps", 2, "--seed", 5
     ).splitlines()
     rows = [json.loads(line) for line in (work / "drawn" / "index.jsonl").read_text().splitlines()]
+    assert all(0 < row.pop("confidence") <= 1 for row in rows)
     assert rows == [
         {"video": f"{i:05d}.gif", "prompt": prompt, "caption": said[i]}
         for i, prompt in enumerate(prompts)
@@ -951,6 +952,15 @@ def test_a_folder_of_videos_gives_a_caption_a_line(use, clips, work):
         ("generate", ["--prompt", PROMPT, "--shift", 0], ["--shift is 0"]),
         ("understand", ["--videos", ".", "--window"], ["--window", "one length"]),
         ("understand", ["--videos", ""], ["--videos", "empty"]),
+        ("understand", ["--video", "a.gif", "--batch", 2], ["--batch", "--videos", "--video"]),
+        ("joint", ["--prompt", PROMPT, "--batch", 2], ["--batch", "--prompts", "--prompt"]),
+        ("joint", ["--prompts", "words.txt", "--out", "x", "--batch", 0], ["--batch is 0"]),
+        ("understand", ["--video", "a.gif", "--best-of", 0], ["--best-of is 0"]),
+        (
+            "understand",
+            ["--video", "a.gif", "--best-of", 2, "--trajectory"],
+            ["--trajectory", "--best-of"],
+        ),
         ("understand", ["--video", ""], ["--video", "empty"]),
         ("joint", ["--prompts", ".", "--out", "x"], ["--prompts"]),
         (
@@ -1179,7 +1189,7 @@ def test_guidance_and_shift_are_what_wan_recommends_for_the_model_and_flags_win(
     monkeypatch.setattr(
         sample.cost,
         "print_sampling",
-        lambda count, config, shape, mode, options, *rest: seen.append(options),
+        lambda job, *rest: seen.append(job.options),
     )
     for flags in ([], ["--guidance", "2.5"], ["--shift", "1.5", "--steps", "7"]):
         sample.main(

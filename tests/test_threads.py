@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,23 @@ def test_missing_cores_are_counted(monkeypatch, may_use, missing):
     monkeypatch.setattr(threads, "idle_seconds", lambda: next(idle))
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(may_use))
     assert threads.missing_cores() == pytest.approx(missing)
+
+
+def test_the_next_item_is_made_while_one_is_in_use_and_no_more():
+    made, another = [], threading.Event()
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            (i == 1) and another.set()
+            yield i
+        raise OSError("cut")
+
+    found = threads.one_ahead(items())
+    assert next(found) == 0 and another.wait(60) and made == [0, 1]
+    with pytest.raises(OSError, match="cut"):
+        for item in found:
+            assert len(made) <= item + 2
 
 
 def test_a_system_that_does_not_tell_counts_as_free(monkeypatch):

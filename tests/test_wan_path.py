@@ -29,6 +29,7 @@ import sample
 import train
 import wan
 from engine.checkpoint import checkpoints
+from engine.video import read_video
 from univigu import UniViGU, uni_flow_loss
 from wan import evaluate, prepare
 from wan.names import PUBLISHED, rename
@@ -357,6 +358,38 @@ def test_captions_are_measured_by_the_model_that_wrote_them(path, tmp_path, caps
     assert found["agreement"]["clips"] == len(rows) and 0 <= found["agreement"]["share"] <= 1
 
 
+def test_many_at_once_are_what_they_are_alone_though_sizes_differ(path, tmp_path, capsys):
+    here = ["--checkpoint", path / "run" / "refine", *SIZE]
+    (tmp_path / "videos").mkdir()
+    for i, frames in enumerate((9, 9, 5, 6, 9)):
+        write_clip(tmp_path / "videos" / f"{i}.mp4", seed=i, frames=frames, fps=16)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    assert_same_in_batches(tmp_path, capsys, here)
+
+
+def assert_same_in_batches(folder, capsys, here):
+    """The three modes on folder's videos/ and prompts.txt, one by one and up to three at once."""
+    few = [], ["--batch", 3]
+    one, many = (use(capsys, "understand", *here, "--videos", folder / "videos", *n) for n in few)
+    one, many = ([json.loads(line) for line in text.splitlines()] for text in (one, many))
+    assert same_rows(one, many) and len(one) == len(list((folder / "videos").iterdir()))
+    for mode in ("generate", "joint"):
+        out = [folder / f"{mode}-{len(n)}" for n in few]
+        for n, to in zip(few, out):
+            use(capsys, mode, *here, "--prompts", folder / "prompts.txt", "--out", to, *n)
+        one, many = (read_rows(to / "index.jsonl") for to in out)
+        assert same_rows(one, many) and len(one) == 3
+        for row in one:
+            a, b = (read_video(to / row["video"], (9, 32, 48)) for to in out)
+            assert (a - b).abs().mean() < 0.01  # mp4 loses some
+
+
+def same_rows(one, many):
+    """Whether rows are the same, but for the last digit of a confidence."""
+    sure = [[row.pop("confidence", 0) for row in rows] for rows in (one, many)]
+    return sure[0] == pytest.approx(sure[1], abs=0.0011) and one == many
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(path, tmp_path, capsys):
     prompts, drawn = tmp_path / "prompts.txt", tmp_path / "drawn"
     prompts.write_text("\n".join(PROMPTS))
@@ -407,6 +440,10 @@ def test_the_published_layout_samples_in_all_modes_and_may_be_trained(path, tmp_
     use(capsys, "generate", *here, "--prompt", PROMPTS[0], "--out", drawn)
     use(capsys, "joint", *here, "--prompt", PROMPTS[0], "--out", both)
     assert len(frames_of(drawn)[0]) == len(frames_of(both)[0]) == 9
+
+    shutil.copytree(path / "videos", tmp_path / "videos")
+    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], PROMPTS[0][::-1], "a cat"]))
+    assert_same_in_batches(tmp_path, capsys, here)
 
     more = ["--caption-tokens", "4-256", "--latents", "raw"]
     prepare_into(tmp_path / "data", path, path / "index.jsonl", *more)

@@ -58,7 +58,13 @@ class DiscreteFlow:
     """The text's flow over token ids; the same methods as univigu.EmbeddingFlow."""
 
     def noise(self, model, like, n, generator=None):
-        """y_0 (B, n): every token uniformly random, on the device of `like`."""
+        """y_0 (B, n): every token uniformly random, on the device of `like`.
+
+        Of a list of generators each draws a sample, as univigu.noise_like has them do.
+        """
+        if isinstance(generator, list):
+            rows = zip(like, generator, strict=True)
+            return torch.cat([self.noise(model, row[None], n, g) for row, g in rows])
         device = generator.device if generator else "cpu"
         y = torch.randint(
             model.config.vocab_size, (len(like), n), generator=generator, device=device
@@ -90,7 +96,13 @@ class DiscreteFlow:
 
 
 def redraw(y_t, logits, redraw_prob, generator=None):
-    """Draws each token of y_t (B, N) anew from softmax(logits (B, N, V)), with that probability."""
+    """Draws each token of y_t (B, N) anew from softmax(logits (B, N, V)), with that probability.
+
+    Of a list of generators each draws a sample, as univigu.noise_like has them do.
+    """
+    if isinstance(generator, list):
+        rows = zip(y_t, logits, generator, strict=True)
+        return torch.cat([redraw(y[None], of[None], redraw_prob, g) for y, of, g in rows])
     device = generator.device if generator else "cpu"
     drawn = torch.rand(2, *y_t.shape, generator=generator, device=device, dtype=torch.float64)
     u, coin = drawn.to(y_t.device)
