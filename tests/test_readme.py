@@ -19,6 +19,9 @@ import train
 from engine.cost import forward_flops
 from toy.experiments import EXPERIMENTS, FULL, MARGIN, Budget, finding, judge
 from toy.measures import STEPS
+from toy.pairs_claims import AS_LONG, CAPTIONED, EVER_NEW, TEXT
+from toy.pairs_claims import EXPERIMENTS as PAIRS
+from toy.pairs_claims import FULL as PAIRS_FULL
 from univigu import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -128,8 +131,8 @@ def seeds():
 def levels():
     """What one run at a level of the second world came to, with chance."""
     rows = []
-    for level in (1, 2):
-        of = stored(f"toy/results/pairs/level{level}")
+    for name in ("level1", "level1-default", "level2"):
+        of = stored(f"toy/results/pairs/{name}")
         chance = of["chance"]["understanding"]["attribute_accuracy"]
         numbers = [
             of["understanding"]["attribute_accuracy"],
@@ -138,7 +141,7 @@ def levels():
             of["understanding"]["binding_unseen"],
             of["generation"]["attribute_accuracy"],
         ]
-        rows.append([level, f"`{of['command']}`", *(f"{number:.3f}" for number in numbers)])
+        rows.append([of["level"], f"`{of['command']}`", *(f"{number:.3f}" for number in numbers)])
     head = ["level", "command", "reads", "chance", "binds", "binds, unseen pairs", "draws"]
     return markdown(head, rows)
 
@@ -177,14 +180,25 @@ def found(name):
     return stored(f"toy/results/experiments/{name}/results")
 
 
+def in_pairs(name):
+    """What the experiment of this name found in the second world; None where it was not run."""
+    path = f"toy/results/pairs/{name}/results"
+    return stored(path) if (ROOT / f"{path}.json").exists() else None
+
+
 def verdicts():
-    """A line an experiment."""
+    """A line an experiment, with its verdict in either world."""
     rows = []
     for name, claim in CLAIMS.items():
-        checks = [check for check in found(name)["checks"] if not check["ours"]]
-        held = f"{sum(check['holds'] for check in checks)} of {len(checks)}"
-        rows.append([f"[{name}](#{name})", claim, f"**{found(name)['verdict']}**", held])
-    return markdown(["experiment", "claim", "verdict", "checks that hold"], rows)
+        told = [verdict(of) if of else "" for of in (found(name), in_pairs(name))]
+        rows.append([f"[{name}](#{name})", claim, *told])
+    return markdown(["experiment", "claim", "in the first world", "in `pairs`"], rows)
+
+
+def verdict(of):
+    checks = [check for check in of["checks"] if not check["ours"]]
+    held = f"{sum(check['holds'] for check in checks)} of {len(checks)}"
+    return f"**{of['verdict']}**, {held}" + ", one seed" * (len(of["seeds"]) == 1)
 
 
 def claims():
@@ -192,18 +206,47 @@ def claims():
     parts = []
     for name in CLAIMS:
         of = found(name)
-        rows = []
-        for check in of["checks"]:
-            about = check["says"].replace("|", r"\|") + " (ours, not counted)" * check["ours"]
-            gain = f"{check['mean']:+.3f} ± {check['spread']:.3f}"
-            rows.append(["yes" if check["holds"] else "no", about, gain, f"{check['above']:+.3f}"])
-        table = markdown(["holds", "check", "gain", "has to exceed"], rows)
-        figure = f"![figure of {name}](experiments/{name}/figure.png)"
         refuted = f"*Refuted if:* {of['refuted if']}"
-        texts = (textwrap.fill(text, 120) for text in (of["claim"], refuted))
-        verdict = f"Verdict: **{of['verdict']}**"
-        parts += [f"### {name}", *texts, verdict, table, figure]
+        parts += [f"### {name}", *(textwrap.fill(text, 120) for text in (of["claim"], refuted))]
+        parts += [f"Verdict: **{of['verdict']}**", checks_of(of)]
+        parts.append(f"![figure of {name}](experiments/{name}/figure.png)")
+        if second := in_pairs(name):
+            parts += [f"In `pairs`: {verdict(second)}. {second['claim']}", checks_of(second)]
+            parts.append(f"![figure of {name} in pairs](pairs/{name}/figure.png)")
     return "\n\n".join(parts)
+
+
+def checks_of(experiment):
+    rows = []
+    for check in experiment["checks"]:
+        about = check["says"].replace("|", r"\|") + " (ours, not counted)" * check["ours"]
+        gain = f"{check['mean']:+.3f} ± {check['spread']:.3f}"
+        rows.append(["yes" if check["holds"] else "no", about, gain, f"{check['above']:+.3f}"])
+    return markdown(["holds", "check", "gain", "has to exceed"], rows)
+
+
+STARTED = {
+    "generator, five times": "a generator, 6,000 steps",
+    "generator": "a generator, 1,200 steps",
+    "no prompts": "a generator that never saw a prompt",
+    "wrong prompts": "a generator that saw other clips' prompts",
+    "scratch": "nothing",
+}
+
+
+def central():
+    """What text stages came to, by what they start from and how many captioned clips they see."""
+    of, rows = in_pairs("pretraining")["mean and spread"], []
+
+    def cells(variant):
+        names = ("read", "read bound", "drawn")
+        return " / ".join(f"{of[variant][name][0]:.3f}" for name in names if variant in of)
+
+    for start, about in STARTED.items():
+        rows.append([about, *(cells(TEXT[start, n].name) for n in CAPTIONED)])
+    rows.append([f"nothing, {PAIRS_FULL.generator:,} steps more", "", "", cells(AS_LONG.name)])
+    head = [f"{n:,} captioned clips" for n in CAPTIONED if n < EVER_NEW]
+    return markdown(["text stages start from", *head, "none seen twice"], rows)
 
 
 def trainings():
@@ -479,7 +522,10 @@ def forward():
 TABLES = {
     README: [pictures, results, forward],
     TOY: [levels, speed, neighbour],
-    RESULTS: [seeds, verdicts, claims, trainings, widths, choices, reading, confidence, best_of],
+    RESULTS: [
+        *(central, seeds, verdicts, claims, trainings, widths, choices, reading),
+        *(confidence, best_of),
+    ],
     WAN: [settings, h100, steps, reuse],
 }
 PLACES = [(document, table) for document, tables in TABLES.items() for table in tables]
@@ -506,6 +552,19 @@ def test_the_claims_are_judged_by_the_stored_numbers():
         assert of["found"] == finding(verdict, checks)
         full = now if experiment.name in RETAKEN else now | {"default": [800, 200, 2600]}
         assert of["budget"] == full and len(of["seeds"]) >= 3
+
+
+@pytest.mark.parametrize("experiment", PAIRS, ids=[e.name for e in PAIRS])
+def test_the_second_worlds_claims_are_judged_by_the_stored_numbers(experiment):
+    of = in_pairs(experiment.name)
+    if of is None:
+        pytest.skip("not run yet")
+    trained = {v.name for v in experiment.variants} - set(of["not trained"])
+    verdict, checks = judge(
+        [c for c in experiment.checks if c.variants() <= trained], of["each seed"]
+    )
+    assert (of["claim"], of["verdict"], of["checks"]) == (experiment.claim, verdict, checks)
+    assert of["budget"] == json.loads(json.dumps(vars(PAIRS_FULL)))
 
 
 def test_reuse_is_ten_times_faster_where_the_text_is_short_and_costs_no_accuracy():
@@ -572,7 +631,8 @@ def test_commands_name_flags_and_experiments_that_there_are(help_of):
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", help_of(program, mode)), (program, flag)
         if program == "toy.experiments":
-            names = [w for w, before in zip(words, ["", *words]) if not before.startswith("--d")]
+            valued = ("--data", "--out", "--seeds")
+            names = [w for w, before in zip(words, ["", *words]) if before not in valued]
             assert {w for w in names if not w.startswith("--")} <= set(CLAIMS), words
 
 
