@@ -1,4 +1,6 @@
-"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, and gives what it stores."""
+"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, trained for fewer steps, and
+gives what it stores of all that comes before.
+"""
 
 import json
 import re
@@ -14,6 +16,7 @@ NOTEBOOK = json.loads(FILE.read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 TRAINS = next(i for i, cell in enumerate(CODE) if "learn(STEPS)" in "".join(cell["source"]))
 MOST_STEPS = 1500  # of 16 clips: under two minutes on two CPU cores
+FEW_STEPS = 400  # of the test, which learns enough to beat chance
 
 # Runs cells as Jupyter does, but for the display of a last expression. Prints, as JSON, what each
 # printed and how many figures it drew.
@@ -95,14 +98,17 @@ def test_it_starts_from_the_root_and_from_its_own_folder(folder):
 
 
 @pytest.mark.slow
-def test_it_gives_what_is_stored():
+def test_it_runs_and_gives_what_is_stored():
     further = re.findall(
         r"```python\n(.*?)```",
         "".join(sources(c for c in NOTEBOOK["cells"] if c["cell_type"] == "markdown")),
         re.S,
     )
+    cells = sources(CODE)
+    cells[TRAINS], once = re.subn(r"(?m)^STEPS = \d+$", f"STEPS = {FEW_STEPS}", cells[TRAINS])
+    assert once == 1
     found = run(
-        [*sources(CODE), "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy"
+        [*cells, "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy"
     )  # what the text proposes runs too
     for i, (cell, (text, pictures)) in enumerate(zip(CODE, found)):
         known, pictures_known = stored(cell)
@@ -118,21 +124,11 @@ def test_it_gives_what_is_stored():
                 text,
                 known,
             )
-    (steps, clips, seconds), (steps_known, _, seconds_known) = (
-        numbers(text) for text in (found[TRAINS][0], stored(CODE[TRAINS])[0])
-    )
-    print(
-        f"{steps:.0f} steps of {clips:.0f} clips in {seconds:.0f} s; stored: {seconds_known:.0f} s"
-    )
-    assert (
-        steps == steps_known <= MOST_STEPS and clips == 16
-    )  # steps, for seconds are the machine's
+    steps, clips, _ = numbers(stored(CODE[TRAINS])[0])
+    assert steps <= MOST_STEPS and clips == 16  # steps, for seconds are the machine's
+    assert found[TRAINS][0].startswith(f"{FEW_STEPS} steps of 16 clips")
     rows, rows_known = table(found[len(CODE) - 1][0]), table(stored(CODE[-1])[0])
     assert len(rows) == 4 and rows.keys() == rows_known.keys()
-    for name, (mean, chance) in rows.items():
-        assert mean == pytest.approx(rows_known[name][0], abs=0.12), (
-            name,
-            mean,
-            rows_known[name],
-        )  # another processor rounds otherwise, and training adds it up
-        assert mean > chance + 0.1, (name, mean, chance)
+    for table_of in (rows, rows_known):
+        for name, (mean, chance) in table_of.items():
+            assert mean > chance + 0.1, (name, mean, chance)
