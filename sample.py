@@ -1,5 +1,6 @@
 """Uses a trained checkpoint: describes a video, draws a prompt, or does both at once.
 
+    python sample.py joint --prompt "a red circle moving right"   with the toy that came trained
     python sample.py understand --video clip.gif                  prints the caption
     python sample.py understand --video clip.gif --prompt "a red circle moving right"
     python sample.py generate --prompt "a red circle moving right" --out circle.gif
@@ -87,6 +88,17 @@ class Checkpoint:
         with contextlib.redirect_stdout(sys.stderr):
             model = wan.load(self.source, base=self.base, dtype=dtype, device=self.device)
         return model.eval()
+
+
+TRAINED = Path("runs/toy/refine")
+INCLUDED = Path(__file__).parent / "toy" / "trained" / "toy"
+
+
+def default_checkpoint():
+    """What `python train.py` trained here, else the toy that came with the code; says which."""
+    name = str(TRAINED if TRAINED.is_dir() else INCLUDED)
+    print(f"checkpoint: {name}", file=sys.stderr)
+    return name
 
 
 def open_checkpoint(name, parts, device, weights=True):
@@ -191,6 +203,7 @@ def choose_device(name):
 def run(flags):
     """One of the three modes: prints captions and writes files."""
     device = choose_device(flags.device)
+    flags.checkpoint = flags.checkpoint or default_checkpoint()
     checkpoint = open_checkpoint(flags.checkpoint, flags.wan, device, weights=not flags.dry_run)
     if checkpoint.stage == "generator" and flags.mode != "generate":
         raise ValueError(no_text(checkpoint))

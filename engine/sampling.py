@@ -36,7 +36,7 @@ MODES = {
 }
 HELP = {  # flag, or mode and flag, -> what --help says
     "checkpoint": "folder that train.py wrote, or Wan2.1 or the published Uni-ViGU, path or hub id "
-    "(default: %(default)s)",
+    "(default: runs/toy/refine, or where nothing was trained yet, the toy that came with the code)",
     "wan": "folder or hub id with Wan's VAE, umT5 and tokenizer (default: the checkpoint's own)",
     "video": "the video to describe",
     "videos": "folder of videos to describe, one after the other",
@@ -106,7 +106,7 @@ def add_flags(parser, mode):
     def add(name, to=parser, **kind):
         to.add_argument(f"--{name}", help=HELP.get(f"{mode} {name}") or HELP[name], **kind)
 
-    add("checkpoint", default="runs/toy/refine")
+    add("checkpoint")
     add("wan")
     one_of = parser.add_mutually_exclusive_group(required=True)
     if mode == "understand":

@@ -22,7 +22,7 @@ from engine.files import check_writable, one_line, write_text
 from engine.options import Parser, run_command
 from engine.trajectory import snapshot, words
 from engine.video import to_pixels
-from sample import open_checkpoint
+from sample import default_checkpoint, open_checkpoint
 from univigu import clock_grid, interpolate, noise_like, sample_clocks
 
 POINTS = 11  # along each clock
@@ -39,8 +39,8 @@ def parse(argv):
     add = parser.add_argument
     add(
         "--checkpoint",
-        default="runs/toy/refine",
-        help="a folder that train.py wrote (default: runs/toy/refine)",
+        help="a folder that train.py wrote (default: runs/toy/refine, or where nothing was trained "
+        "yet, the toy that came with the code)",
     )
     add("--out", default="square.html", help="the page (default: square.html)")
     return parser.parse_args(argv)
@@ -153,7 +153,8 @@ def main(argv=None):
     flags = parse(argv)
     try:
         check_writable(Path(flags.out))
-        text = page(open_checkpoint(flags.checkpoint, None, torch.device("cpu")))
+        name = flags.checkpoint or default_checkpoint()
+        text = page(open_checkpoint(name, None, torch.device("cpu")))
         write_text(Path(flags.out), text)
     except (ValueError, OSError, LookupError) as error:
         sys.exit(f"toy.square: error: {one_line(error)}")
