@@ -22,13 +22,13 @@ import train
 import wan
 from engine.files import atomic, check_folder, read_json, read_lines, write_json
 from engine.options import Parser, fail, run_command
+from engine.score import text_losses
 from engine.video import FPS, read_clip, to_frames, write_video
-from univigu import interpolate, noise_like, understand
+from univigu import understand
 from wan.index import write_lines
 
 VAE = "diffusion_pytorch_model.safetensors"
 CLIPS = 16
-TAUS = (0.2, 0.4, 0.6, 0.8)  # of the text, where its loss is compared
 # The toy's recipe, which needs fewer steps than the paper's.
 TINY = (
     "--batch 16 --recall-optimizer muon --refine-optimizer muon --recall-lr 0.05 --refine-lr 0.05 "
@@ -89,23 +89,6 @@ def normalise(folder, videos):
     write_json(file, stored | {"latents_std": apart})
 
 
-@torch.no_grad()
-def text_losses(model, z_v, ys):
-    """How far each of the texts ys (K, N) is from what the model sees in z_v (1, C, F, H, W): the
-    mean squared error of the text's velocity, over TAUS, the noise the same for all. (K,)."""
-    one, losses = torch.ones(1, device=z_v.device), []
-    c = z_v.new_zeros(1, model.config.prompt_len, model.config.prompt_dim)
-    noise = model.text_flow.noise(model, z_v, ys.shape[1], torch.Generator().manual_seed(0))
-    _, _, memory = model(z_v, noise, one, 0 * one, c, remember=True)  # the video's, without a text
-    for y in ys:
-        z_t1, generator, total = model.embed(y[None]), torch.Generator().manual_seed(0), 0.0
-        for tau in TAUS:
-            z_t, u_t = interpolate(noise_like(z_t1, generator), z_t1, tau * one)
-            total += (model.text_alone(z_t, tau * one, memory) - u_t).square().mean().item()
-        losses.append(total / len(TAUS))
-    return torch.tensor(losses)
-
-
 def read_back(folder, world):
     """Of at most 16 clips that were learned: [(written, wanted)] of the first, and the share of
     them whose own text fits better than the others' do."""
@@ -118,7 +101,7 @@ def read_back(folder, world):
     told, nearest = [], 0
     for i, clip in enumerate(batch):
         z_v = clip["z_v"][None].to(device)
-        nearest += text_losses(model, z_v, ys).argmin().item() == i
+        nearest += text_losses(model, z_v, ys[None]).argmin().item() == i
         if i < 4:
             generator = torch.Generator().manual_seed(i)
             options = world.options("understand", z_v.shape)
