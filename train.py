@@ -93,8 +93,8 @@ REAL: dict = PAPER | dict(
 )
 
 # And in the second toy, whose clips have more tokens and take longer to learn; by recipe.
-PAIRS: dict = dict(batch=32, generator_steps=4000, recall_steps=200, refine_steps=5000)
-PAIRS_PAPER = PAIRS | dict(recall_steps=2080, refine_steps=3120)  # 40% of the text steps in recall
+PAIRS: dict = dict(batch=32, generator_steps=1200, recall_steps=200, refine_steps=5200)
+PAIRS_PAPER = PAIRS | dict(recall_steps=2160, refine_steps=3240)  # 40% of the text steps in recall
 TOYS = {"toy", "pairs"}
 
 steps = partial(option, low=1, high=10**9)

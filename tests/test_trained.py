@@ -1,4 +1,4 @@
-"""The toy that comes trained reads and draws as the README says, from a fresh clone."""
+"""The toys that come trained read and draw as their README says, from a fresh clone."""
 
 import os
 import subprocess
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import sample
-from toy import evaluate, oracle
+from toy import evaluate, oracle, pairs_evaluate
 from univigu import generate, understand
 
 ROOT = Path(sample.__file__).parent
 CLIPS = 64
+PAIRS = sample.INCLUDED.with_name("pairs")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,18 @@ def test_it_draws(trained):
     assert mean > 0.95
 
 
+def test_the_one_of_two_shapes_reads_and_draws():
+    checkpoint = sample.open_checkpoint(str(PAIRS), None, torch.device("cpu"))
+    model, world = checkpoint.load(), checkpoint.world
+    found = pairs_evaluate.sample_split(model, world, "seen", CLIPS, has_text=True)
+    clips = world.dataset("seen").clips(range(CLIPS))
+    compared = pairs_evaluate.compare(found, clips, world.level)
+    right = {mode: pairs_evaluate.score(*of, world.level) for mode, of in compared.items()}
+    assert right["understanding"]["attribute_accuracy"] > 0.92
+    assert right["understanding"]["binding"] > 0.7
+    assert right["generation"]["attribute_accuracy"] > 0.53
+
+
 def test_sample_takes_it_and_says_so_until_something_is_trained(tmp_path):
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
     flags = ["joint", "--prompt", "a red circle moving right", "--device", "cpu"]
@@ -54,6 +67,7 @@ def test_sample_takes_it_and_says_so_until_something_is_trained(tmp_path):
     assert done.returncode != 0 and "checkpoint runs/toy/refine has no model" in done.stderr
 
 
-def test_it_is_small_and_names_no_machine():
-    assert sum(file.stat().st_size for file in sample.INCLUDED.iterdir()) < 1.2e6
-    assert '"out": "runs/toy"' in (sample.INCLUDED / "train.json").read_text()
+@pytest.mark.parametrize("folder", [sample.INCLUDED, PAIRS], ids=lambda folder: folder.name)
+def test_it_is_small_and_names_no_machine(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1.2e6
+    assert f'"out": "runs/{folder.name}"' in (folder / "train.json").read_text()

@@ -1,6 +1,4 @@
-"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, trained for fewer steps, and
-gives what it stores of all that comes before.
-"""
+"""toy/walkthrough.ipynb runs from top to bottom in a fresh process, and gives what it stores."""
 
 import json
 import re
@@ -15,8 +13,8 @@ FILE = ROOT / "toy" / "walkthrough.ipynb"
 NOTEBOOK = json.loads(FILE.read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 TRAINS = next(i for i, cell in enumerate(CODE) if "learn(STEPS)" in "".join(cell["source"]))
-MOST_STEPS = 1500  # of 16 clips: under two minutes on two CPU cores
-FEW_STEPS = 400  # of the test, which learns enough to beat chance
+TRAINED_HERE = r"^section 7's: .*$"  # what was learned here differs from CPU to CPU
+MOST_STEPS = 600  # of 16 clips: about a minute on two CPU cores
 
 # Runs cells as Jupyter does, but for the display of a last expression. Prints, as JSON, what each
 # printed and how many figures it drew.
@@ -71,7 +69,7 @@ def table(text):
     """The rows of the last table: name -> mean accuracy, chance."""
     return {
         name.strip(): (float(mean), float(chance))
-        for name, mean, chance in re.findall(r"^(\w+: .*?) +(\d\.\d+) +(\d\.\d+)", text, re.M)
+        for name, mean, chance in re.findall(r"^(\w[^:]*: .*?) +(\d\.\d+) +(\d\.\d+)", text, re.M)
     }
 
 
@@ -104,31 +102,21 @@ def test_it_runs_and_gives_what_is_stored():
         "".join(sources(c for c in NOTEBOOK["cells"] if c["cell_type"] == "markdown")),
         re.S,
     )
-    cells = sources(CODE)
-    cells[TRAINS], once = re.subn(r"(?m)^STEPS = \d+$", f"STEPS = {FEW_STEPS}", cells[TRAINS])
-    assert once == 1
     found = run(
-        [*cells, "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy"
+        [*sources(CODE), "assert STEPS == len(losses); STEPS = 2", *further], ROOT / "toy"
     )  # what the text proposes runs too
     for i, (cell, (text, pictures)) in enumerate(zip(CODE, found)):
         known, pictures_known = stored(cell)
         assert pictures == pictures_known, (i, pictures, pictures_known)
-        if i < TRAINS:
-            assert re.sub(r"\d+\.?\d*", "#", text) == re.sub(r"\d+\.?\d*", "#", known), (
-                i,
-                text,
-                known,
-            )
-            assert numbers(text) == pytest.approx(numbers(known), rel=0.01, abs=0.011), (
-                i,
-                text,
-                known,
-            )
+        if i == TRAINS:  # its seconds are the machine's
+            text, known = (re.sub(r"\d+ s$", "", of, flags=re.M) for of in (text, known))
+        text, known = (re.sub(TRAINED_HERE, "", of, flags=re.M) for of in (text, known))
+        assert re.sub(r"\d+\.?\d*", "#", text) == re.sub(r"\d+\.?\d*", "#", known), i
+        assert numbers(text) == pytest.approx(numbers(known), rel=0.01, abs=0.02), (i, text, known)
     steps, clips, _ = numbers(stored(CODE[TRAINS])[0])
-    assert steps <= MOST_STEPS and clips == 16  # steps, for seconds are the machine's
-    assert found[TRAINS][0].startswith(f"{FEW_STEPS} steps of 16 clips")
+    assert steps <= MOST_STEPS and clips == 16
     rows, rows_known = table(found[len(CODE) - 1][0]), table(stored(CODE[-1])[0])
-    assert len(rows) == 4 and rows.keys() == rows_known.keys()
+    assert len(rows) == 5 and rows.keys() == rows_known.keys()
     for table_of in (rows, rows_known):
         for name, (mean, chance) in table_of.items():
             assert mean > chance + 0.1, (name, mean, chance)
