@@ -91,6 +91,19 @@ def pictures():
     return markdown(head, [images, [written[mode] for mode in MODES]])
 
 
+def pairs():
+    """The same of the second world's run at level 1."""
+    said = stored("toy/results/pairs/level1")["pictures"]
+    images = [f"![two moving shapes](pictures/pairs/{mode}.gif)" for mode in MODES]
+    verbs = {"asked": "asked", "the model wrote": "wrote"}
+    texts = []
+    for mode in MODES:
+        of = said[f"{mode}.gif"]
+        texts.append(", ".join(f"{verb} *{of[key]}*" for key, verb in verbs.items() if key in of))
+    head = ["it watched", "it drew", "it drew and wrote"]
+    return markdown(head, [images, texts])
+
+
 def results():
     """Mean and standard deviation over three seeds of the default run and of --recipe paper."""
     rows = []
@@ -522,7 +535,7 @@ def forward():
 
 TABLES = {
     README: [pictures, results, forward],
-    TOY: [levels, speed, neighbour],
+    TOY: [levels, pairs, speed, neighbour],
     RESULTS: [
         *(central, seeds, verdicts, claims, trainings, widths, choices, reading),
         *(confidence, best_of),
