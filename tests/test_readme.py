@@ -117,6 +117,42 @@ def results():
     return markdown([*head, "`--recipe paper`, seen", "with guidance 3"], rows)
 
 
+def worlds():
+    """Both worlds and the central claim, a line each."""
+    first = [
+        statistics.fmean(number(run, f"{mode}.attribute_accuracy") for run in SEEDS)
+        for mode in ("understanding", "generation")
+    ]
+    second, claim = stored("toy/results/pairs/level1"), in_pairs("pretraining")
+    reads, binds = (second["understanding"][k] for k in ("attribute_accuracy", "binding"))
+    draws = second["generation"]["attribute_accuracy"]
+    seeds = "one seed" if len(claim["seeds"]) == 1 else f"{len(claim['seeds'])} seeds"
+
+    def read(start, clips):
+        return f"{claim['mean and spread'][TEXT[start, clips].name]['read'][0]:.3f}"
+
+    few, *_, most = CAPTIONED
+    central = (
+        f"with ever new captions {read('generator', most)} is read, and {read('scratch', most)} "
+        f"from nothing; with {few} captioned clips {read('generator', few)} and "
+        f"{read('scratch', few)} ({seeds})"
+    )
+    rows = [
+        ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
+        [
+            "[two shapes](toy/README.md#the-second-world)",
+            f"after half an hour it reads {reads:.3f}, of both shapes at once {binds:.3f}, and "
+            f"draws {draws:.3f} (one seed)",
+        ],
+        [
+            "[text learned from a generator, or from nothing](toy/results/README.md"
+            "#does-a-generator-make-understanding-easier-to-learn)",
+            central,
+        ],
+    ]
+    return markdown(["", "what came out"], rows)
+
+
 def over_seeds(runs, measure, suffix=""):
     """Mean and standard deviation."""
     values = [number(run, measure, suffix) for run in runs]
@@ -534,7 +570,7 @@ def forward():
 # ---------------------------------------------------------------- the tests
 
 TABLES = {
-    README: [pictures, results, forward],
+    README: [pictures, results, worlds, forward],
     TOY: [levels, pairs, speed, neighbour],
     RESULTS: [
         *(central, seeds, verdicts, claims, trainings, widths, choices, reading),
