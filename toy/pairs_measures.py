@@ -11,7 +11,7 @@ from univigu import generate, joint, understand
 
 from . import pairs
 from .measures import Apart
-from .pairs_evaluate import said, score, shown, truth
+from .pairs_evaluate import names_of, said, score, shown, truth
 
 STEPS = (1, 2, 4, 8, 16, 32)  # of each sampler
 
@@ -64,21 +64,25 @@ def reading(run):
 
 def reading_by_step(run):
     """The same at each checkpoint, and how alike E's rows are: the largest cosine between two rows
-    of one attribute's values, and of any two."""
+    of one attribute's values, and of any two values, of those that the level's captions tell."""
     batch, wanted = show(run)
+    known = run.world.tokenizer.ids
+    rows = {
+        f"cosine of {name}s": [known[value] for value in pairs.ATTRIBUTES[name] if value in known]
+        for name in names_of(run.world.level)
+    }
+    rows["largest cosine"] = sum(rows.values(), [])
     numbers = {}
     for step, folder in checkpoints(run.folder):
         model = run.restored(folder)
         found = compare(run, captions(run, batch, model), wanted, "read")
-        E = F.normalize(model.embedding_matrix().detach(), dim=-1)
-        cosines = (E @ E.T).fill_diagonal_(-1)  # (V, V)
         numbers[f"read by step @ {step}"] = found["read"]
         numbers[f"bound by step @ {step}"] = found["read bound"]
-        numbers[f"largest cosine @ {step}"] = cosines.max()
-        for name, values in pairs.ATTRIBUTES.items():
-            ids = [run.world.tokenizer.ids[v] for v in values if v in run.world.tokenizer.ids]
+        E = F.normalize(model.embedding_matrix().detach(), dim=-1)
+        cosines = (E @ E.T).fill_diagonal_(-1)  # (V, V)
+        for name, ids in rows.items():
             if len(ids) > 1:
-                numbers[f"cosine of {name}s @ {step}"] = cosines[ids][:, ids].max()
+                numbers[f"{name} @ {step}"] = cosines[ids][:, ids].max()
     return numbers
 
 
