@@ -150,6 +150,9 @@ class Train:
     recall_optimizer: str = optimizer("muon", "optimizer of stage recall")
     refine_optimizer: str = optimizer("muon", "optimizer of stage refine")
     adam_lr: float = rate(0.006, "with muon: peak learning rate of what Adam trains")
+    muon_decay: float = option(
+        0.0, "with muon: weight decay of its matrices, times the learning rate", low=0, high=10
+    )
     warmup: int = option(
         20, "steps over which a stage's learning rate rises from 0", low=0, high=10**9
     )
@@ -226,7 +229,7 @@ class Train:
 # ---------------------------------------------------------------- optimizers
 
 
-def make_optimizers(model, kind, lr, adam_lr, text=True):
+def make_optimizers(model, kind, lr, adam_lr, muon_decay=0.0, text=True):
     """Adam with the paper's betas for everything, or, with kind "muon", Muon for the blocks'
     matrices and Adam for the rest. text: whether the text stream is trained too."""
     matrices, rest = [], []
@@ -238,7 +241,7 @@ def make_optimizers(model, kind, lr, adam_lr, text=True):
     rest_lr = adam_lr if matrices else lr
     optimizers = [torch.optim.Adam(rest, lr=rest_lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=0.0, ns_steps=3))
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=muon_decay, ns_steps=3))
     for group in groups(optimizers):
         group["peak"] = group["lr"]
     return optimizers
@@ -341,7 +344,7 @@ class Trainer:
             self.average = Average(model, train.ema) if train.ema else None
         self.text_started = bool(text)
         kind = train.of(stage, "optimizer")
-        optimizers = make_optimizers(model, kind, lr, train.adam_lr, bool(text))
+        optimizers = make_optimizers(model, kind, lr, train.adam_lr, train.muon_decay, bool(text))
         meter, end = Meter(machine.device), first + steps
         track = tracker("none" if machine.rank else run.track, run.out, self.options)
         log = Log(run.out, train.batch, machine, bar, track, self.step, self.elapsed())

@@ -30,11 +30,13 @@ class Muon(torch.optim.Muon):
             for (rows, columns), pairs in by_shape.items():
                 g = torch.stack([nesterov for _, nesterov in pairs])  # (m, rows, columns)
                 updates = orthogonalise(g, group["ns_coefficients"], group["ns_steps"])
+                decay = group["lr"] * group["weight_decay"]
                 if found_inf is not None:
                     updates = updates * (1 - found_inf)
+                    decay = decay * (1 - found_inf)
                 size = max(1, rows / columns) ** 0.5
                 for (p, _), update in zip(pairs, updates):
-                    p.add_(update, alpha=-group["lr"] * size)
+                    p.mul_(1 - decay).add_(update, alpha=-group["lr"] * size)
 
 
 def orthogonalise(g, coefficients, steps):

@@ -52,7 +52,8 @@ TIMINGS = {"samples_per_s", "tokens_per_s", "data_wait", "eta_s", "wall_s"}
 
 
 def optimizer_flags(kind):
-    return [word for stage in STAGES for word in (f"--{stage}-optimizer", kind)]
+    kinds = [word for stage in STAGES for word in (f"--{stage}-optimizer", kind)]
+    return [*kinds, "--muon-decay", ".1"]
 
 
 def run(out, *flags, **changes):
@@ -473,14 +474,15 @@ def test_overwrite_starts_anew(whole, tmp_path):
 # ---------------------------------------------------------------- optimizers and figures
 
 
-def test_muon_is_that_of_torch_up_to_bf16():
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_muon_is_that_of_torch_up_to_bf16(decay):
     torch.manual_seed(0)
     shapes = (8, 8), (24, 6), (6, 24), (8, 8), (24, 6)
     start = [torch.randn(*shape) for shape in shapes]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
     optimizers = (
-        Muon(ours, lr=0.1, weight_decay=0.0),
-        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0),
+        Muon(ours, lr=0.1, weight_decay=decay),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=decay),
     )
     for _ in range(4):
         for a, b in zip(ours, theirs):
