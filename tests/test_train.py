@@ -494,6 +494,15 @@ def test_muon_is_that_of_torch_up_to_bf16(decay):
         assert (a - b).norm() < 0.03 * (b - p).norm()
 
 
+def test_a_step_that_muon_leaves_out_changes_and_decays_nothing():
+    p = torch.ones(4, 4, requires_grad=True)
+    optimizer = Muon([p], lr=0.1, weight_decay=0.5)
+    for found_inf, grad, changes in ((1.0, math.nan, False), (0.0, 1.0, True)):
+        optimizer.found_inf, p.grad = torch.tensor(found_inf), torch.full_like(p, grad)
+        optimizer.step()
+        assert torch.equal(p, torch.ones(4, 4)) is not changes and p.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
 def test_orthogonalise_is_its_polynomial_on_the_singular_values(shape):
     torch.manual_seed(1)
