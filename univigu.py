@@ -26,6 +26,7 @@ Where this differs from the paper, or fills its silence:
     1. E's rows have unit RMS, as the video latents have (the paper only says "align"). Free rows
        (embedding="literal") may shrink, since E -> 0 minimises the loss.
     2. A small cross-entropy, the anchor, keeps predictions near E's rows; anchor=0 turns it off.
+       A repulsion keeps E's rows apart, else words not told apart yet may merge; 0 turns it off.
     3. The text head may predict the data point instead of the velocity (text_output="x1"). The
        loss stays on the velocity, with less weight where tau_t is above .75.
     4. clocks="mixture" puts most of a batch on the lines of the (tau_v, tau_t) square that the
@@ -394,6 +395,11 @@ class EmbeddingFlow:
         weight = ((1 - tau_t) / (1 - tau_t).clamp(min=0.25)).square() if x1 else 1
         return weight * (v_t - u_t).square().flatten(1).sum(1), ce
 
+    def repulsion(self, model):
+        """How alike E's rows are: a row's squared cosines with all others, summed; the mean."""
+        rows = F.normalize(model.embedding_matrix(), dim=-1)           # (V, d)
+        return (rows.T @ rows).square().sum() / len(rows) - 1          # as of rows @ rows.T, (V, V)
+
     def step(self, z_t, v_t, tau, tau_next, generator=None):
         """One Euler step from clock tau to clock tau_next."""
         return z_t + (tau_next - tau) * v_t  # eq. 16, eq. 18
@@ -593,15 +599,17 @@ def sample_clocks(kind, batch, text_shift=1.0, p_drop=0.0, generator=None, mixtu
 
 
 def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="independent",
-                  mixture=MIXTURE, lambda_v=1.0, lambda_t=None, anchor=0.1, generator=None):
+                  mixture=MIXTURE, lambda_v=1.0, lambda_t=None, anchor=0.1, repulsion=0.0,
+                  generator=None):
     """The uni-flow objective on one batch, eq. 6 to 11. Each sample has its own clocks and coin.
 
     z_v1 (B, C, F, H, W) clean video latents; y (B, N) int64 target tokens, or None for the plain
     video generator (eq. 2); c (B, at most L, prompt_dim) prompts, replaced by c_null (default:
     zeros) with probability p_drop, or that of the line. clocks, mixture: see sample_clocks.
-    lambda_t None = |z_v| / |z_t|. anchor: weight of the cross-entropy to E's rows (0: eq. 11).
+    lambda_t None = |z_v| / |z_t|. anchor, repulsion: weights of the cross-entropy to E's rows, and
+    of the rows' likeness (0: eq. 11).
 
-    Returns a scalar, eq. 11 divided by the number of entries of a latent, plus the anchor; and a
+    Returns a scalar, eq. 11 divided by the number of entries of a latent, plus those two; and a
     dict of detached parts, (B,) each: "video" and "text", the mean squared error of a velocity's
     entry (0 where masked), "anchor", "tau_v", "tau_t", "loss_mask_v", "loss_mask_t". With y None:
     the mean of eq. 2; "video", "tau_v", "loss_mask_v". Raises ValueError for y of another shape."""
@@ -629,6 +637,8 @@ def uni_flow_loss(model, z_v1, y, c, *, p_drop=0.0, c_null=None, clocks="indepen
     lambda_t = tokens_v / y.shape[1] if lambda_t is None else lambda_t  # |z_v| / |z_t|
     total = (lambda_v * se_v + lambda_t * se_t).mean() / entries   # eq. 11
     total = total + anchor * ce.mean()
+    if repulsion:
+        total = total + repulsion * flow.repulsion(model)
     return total, dict(video=se_v.detach() / entries, text=se_t.detach() / u_t[0].numel(),
                        anchor=ce.detach(), tau_v=tau_v, tau_t=tau_t,
                        loss_mask_v=mask_v, loss_mask_t=mask_t)

@@ -53,7 +53,7 @@ TIMINGS = {"samples_per_s", "tokens_per_s", "data_wait", "eta_s", "wall_s"}
 
 def optimizer_flags(kind):
     kinds = [word for stage in STAGES for word in (f"--{stage}-optimizer", kind)]
-    return [*kinds, "--muon-decay", ".1"]
+    return [*kinds, "--recall-muon-decay", ".1", "--refine-muon-decay", ".1"]
 
 
 def run(out, *flags, **changes):

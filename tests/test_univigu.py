@@ -810,6 +810,21 @@ def test_loss_equals_a_double_loop_over_samples_and_entries(
     assert clocks == "independent" or seen == {(True, False), (False, True), (False, False)}
 
 
+def test_repulsion_is_the_mean_over_rows_of_their_squared_cosines_with_the_others():
+    model, (z_v1, y, c) = build(embedding="literal"), data(3)
+    losses = [
+        uni_flow_loss(
+            model, z_v1.float(), y, c.float(), anchor=0, repulsion=weight, generator=seeded(0)
+        )[0]
+        for weight in (0.0, 0.5)
+    ]
+    E = model.token_embedding.weight.detach()
+    cosine = lambda a, b: (a @ b / (a.norm() * b.norm())).item()
+    rows = range(len(E))
+    wanted = sum(cosine(E[i], E[j]) ** 2 for i in rows for j in rows if i != j) / len(E)
+    assert (losses[1] - losses[0]).item() == pytest.approx(0.5 * wanted, rel=1e-4)
+
+
 def test_plain_generator_loss_is_the_mean_squared_velocity_error():
     spy = Spy(lambda z_v, z_t, tau_v, tau_t, c: (z_v.sin(), None))
     z_v1, _, c = data(6)

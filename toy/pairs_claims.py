@@ -22,17 +22,15 @@ from .variants import (
     FrozenE,
     OrthogonalE,
     SharedFFN,
-    SlowE,
     few_clips,
     lines,
-    repulsion_loss,
     wrong_prompts,
 )
 
 LEVEL = 1
 FLAGS = f"--data pairs --level {LEVEL}"
 WHOLE = tuple(train.PAIRS[f"{stage}_steps"] for stage in train.STAGES)
-FULL = Budget(generator=1200, recall=200, refine=1800, clips=256, default=WHOLE, flags=FLAGS)
+FULL = Budget(generator=1200, recall=200, refine=1200, clips=256, default=WHOLE, flags=FLAGS)
 QUICK = Budget(generator=60, recall=10, refine=70, clips=32, default=(60, 10, 140), flags=FLAGS)
 
 GENERATOR = Variant("generator", "--stages generator")
@@ -111,15 +109,14 @@ VELOCITY = from_generator("velocity, cross-entropy 1", "--text-output velocity -
 
 # ---------------------------------------------------------------- the experiments
 
+LEARNED = from_generator("E learned", "{twice} --repulsion 0")
 ROWS = {
-    "frozen": from_generator("E frozen", "{checkpoints}", make_model=FrozenE),
-    "orthogonal": from_generator("E orthogonal", "{checkpoints}", make_model=OrthogonalE),
-    "slow": from_generator("E slow", "{checkpoints}", make_model=SlowE),
-    "repelled": from_generator("E repelled", "{checkpoints}", loss=repulsion_loss),
-    "cross-entropy 1": from_generator("E with cross-entropy 1", "{checkpoints} --anchor 1"),
-    "discrete": from_generator("discrete tokens", "{checkpoints} --text-flow discrete"),
+    "repelled": from_generator("E repelled", "{twice}"),
+    "frozen": from_generator("E frozen", "{twice}", make_model=FrozenE),
+    "orthogonal": from_generator("E orthogonal", "{twice}", make_model=OrthogonalE),
+    "cross-entropy 1": from_generator("E with cross-entropy 1", "{twice} --repulsion 0 --anchor 1"),
+    "discrete": from_generator("discrete tokens", "{twice} --text-flow discrete"),
 }
-LEARNED = from_generator("E learned", "{checkpoints}")
 
 
 def no_worse(a, b, measures, margin=-MARGIN, ours=False):

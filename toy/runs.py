@@ -37,7 +37,8 @@ class Budget:
         """Step counts into flags.
 
         {recall}: the stage's steps. {text}: both text stages' together. {long_refine}: refine's and
-        the generator's. {five_times}: five times the generator's. {checkpoints}: eight on the way.
+        the generator's. {five_times}: five times the generator's. {twice}: refine twice as long,
+        with eight checkpoints on the way.
         {default}, {default_steps}, {default_text}, of the run that is not shortened: stages and
         steps, the steps alone, how many both text stages have together.
         """
@@ -48,7 +49,8 @@ class Budget:
             text=self.recall + self.refine,
             long_refine=self.generator + self.refine,
             five_times=f"--generator-steps {5 * self.generator}",
-            checkpoints=f"--save-every {(self.recall + self.refine) // 8} --keep 99",
+            twice=f"--refine-steps {2 * self.refine} "
+            f"--save-every {(self.recall + 2 * self.refine) // 8} --keep 99",
             default=f"--stages generator,recall,refine {steps}",
             default_steps=steps,
             default_text=sum(self.default[1:]),

@@ -47,15 +47,6 @@ class OrthogonalE(FrozenE):
         torch.nn.init.orthogonal_(self.token_embedding.weight)
 
 
-class SlowE(UniViGU):
-    """E is learned, ten times as slowly: a step of Adam turns a row ten times as long as little."""
-
-    @torch.no_grad()
-    def init_weights(self):
-        super().init_weights()
-        self.token_embedding.weight.mul_(10)
-
-
 class CentredE(UniViGU):
     """Alignment by moments: E's rows have the video latents' mean, zero, and RMS, one."""
 
@@ -159,16 +150,6 @@ def contrastive_loss(model, z_v1, y, c, **options):
     own = torch.arange(len(y), device=y.device)
     contrast = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
     return total + 0.05 * contrast, parts
-
-
-def repulsion_loss(model, z_v1, y, c, **options):
-    """E's rows push each other apart: the sum of a row's squared cosines with the others counts."""
-    total, parts = uni_flow_loss(model, z_v1, y, c, **options)
-    if y is None:
-        return total, parts
-    rows = F.normalize(model.embedding_matrix(), dim=-1)  # (V, d)
-    cosines = (rows @ rows.T).square().sum(1) - 1
-    return total + 0.1 * cosines.mean(), parts
 
 
 def wrong_prompts(model, z_v1, y, c, **options):

@@ -90,6 +90,10 @@ class DiscreteFlow:
         rate = 1 / (1 - tau_t).clamp(min=0.05)  # a jump's rate grows without bound near data
         return rate * (same - p_y_t - (1 - same) * log_p_y).sum(1), torch.zeros_like(tau_t)
 
+    def repulsion(self, model):
+        """Zero: no token is read by its row of E, so rows cannot merge unread."""
+        return 0.0
+
     def step(self, y_t, logits, tau, tau_next, generator=None):
         """The mixture path's own Euler step."""
         return redraw(y_t, logits, (tau_next - tau) / (1 - tau), generator)
