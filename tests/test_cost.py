@@ -15,7 +15,7 @@ from univigu import Config, UniViGU, generate, joint, understand, uni_flow_loss
 from wan.weights import FP32
 
 # width, FFN_v's, heads, rows of tokens of the video, N, L, layers
-SIZES = [(96, 560, 6, 32, 16, 16, 4), (192, 1120, 12, 32, 64, 16, 3), (256, 700, 8, 48, 32, 16, 2)]
+SIZES = [(96, 560, 6, 32, 16, 16, 4), (192, 1120, 12, 24, 64, 16, 3), (256, 700, 8, 40, 32, 16, 2)]
 
 
 class Live(TorchDispatchMode):
