@@ -181,7 +181,7 @@ def seeds():
 def levels():
     """What one run at a level of the second world came to, with chance."""
     rows = []
-    for name in ("level1", "level1-2400-6400", "level1-4000-5000", "level2-4000-5000"):
+    for name in ("level1", "level1-repulsion-0", "level1-neither", "level2"):
         of = stored(f"toy/results/pairs/{name}")
         chance = of["chance"]["understanding"]["attribute_accuracy"]
         numbers = [
@@ -189,10 +189,20 @@ def levels():
             chance,
             of["understanding"]["binding"],
             of["understanding"]["binding_unseen"],
+            of["understanding_with_prompt"]["binding"],
             of["generation"]["attribute_accuracy"],
         ]
         rows.append([of["level"], f"`{of['command']}`", *(f"{number:.3f}" for number in numbers)])
-    head = ["level", "command", "reads", "chance", "binds", "binds, unseen pairs", "draws"]
+    head = [
+        "level",
+        "command",
+        "reads",
+        "chance",
+        "binds",
+        "unseen pairs",
+        "told a prompt",
+        "draws",
+    ]
     return markdown(head, rows)
 
 

@@ -30,7 +30,7 @@ from .variants import (
 LEVEL = 1
 FLAGS = f"--data pairs --level {LEVEL}"
 WHOLE = tuple(train.PAIRS[f"{stage}_steps"] for stage in train.STAGES)
-FULL = Budget(generator=1200, recall=200, refine=1200, clips=256, default=WHOLE, flags=FLAGS)
+FULL = Budget(generator=1200, recall=200, refine=1800, clips=256, default=WHOLE, flags=FLAGS)
 QUICK = Budget(generator=60, recall=10, refine=70, clips=32, default=(60, 10, 140), flags=FLAGS)
 
 GENERATOR = Variant("generator", "--stages generator")
