@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure(config):
     """A finished run that does not end is a fault, too: it says where it hangs after 2 minutes."""
+    if hasattr(config, "workerinput"):  # pytest-xdist's: it waits for the others
+        return
     faulthandler.dump_traceback_later(120, file=sys.__stderr__)
 
 
