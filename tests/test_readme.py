@@ -135,7 +135,7 @@ def worlds():
     central = (
         f"with ever new captions {read('generator', most)} is read, and {read('scratch', most)} "
         f"from nothing; with {few} captioned clips {read('generator', few)} and "
-        f"{read('scratch', few)} ({seeds})"
+        f"{read('scratch', few)} ({seeds}, of an earlier recipe)"
     )
     rows = [
         ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
@@ -652,7 +652,8 @@ def test_the_map_names_every_room():
 
 PROGRAM = re.compile(
     r"\b(?:python (?:-m )?)?"
-    r"((?:train|sample)\.py|wan\.(?:bench|prepare|caption|evaluate|vbench)|toy\.(?:experiments|square))\b(.*)"
+    r"((?:train|sample)\.py|wan\.(?:bench|prepare|caption|evaluate|vbench)|"
+    r"toy\.(?:experiments|square))\b(.*)"
 )
 
 

@@ -660,6 +660,21 @@ def test_recipe_paper_is_the_papers_choices(monkeypatch, tmp_path):
         assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
+def test_repulsion_reaches_the_loss_and_each_stages_decay_its_muon(monkeypatch, tmp_path):
+    decays = []
+
+    class Spied(Muon):
+        def __init__(self, parameters, **options):
+            decays.append(options["weight_decay"])
+            super().__init__(parameters, **options)
+
+    monkeypatch.setattr(train, "Muon", Spied)
+    flags = [f"--{stage}-muon-decay {i / 10}" for i, stage in enumerate(STAGES, 1)]
+    calls, _ = spied(monkeypatch, tmp_path, *" ".join(flags).split(), "--repulsion", "0.3")
+    assert decays == [0.1, 0.2, 0.3]
+    assert {kwargs["repulsion"] for _, kwargs in calls} == {0.3}
+
+
 def test_joint_of_the_paper_has_one_clock_and_even_steps():
     """Eq. 18: both streams move by the same Delta tau."""
     config = train.parse(["--recipe", "paper"])[2]
