@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -181,6 +182,12 @@ class Train:
         "mixture",
         "how the text stages draw both clocks: 'mixture' or 'independent' (the paper's)",
         choices=("independent", "mixture"),
+    )
+    generator_prompt: str = option(
+        "prompt",
+        "what stage generator is prompted with: a clip's 'prompt', or, of the toys, its 'caption', "
+        "for Wan, too, learned from long ones",
+        choices=("prompt", "caption"),
     )
     generator_p_drop: float = chance(
         0.1, "probability that a sample's prompt is dropped in stage generator"
@@ -498,7 +505,13 @@ def make_worlds(train, make_world):
         return world
 
     stages = {stage: (train.data_of(stage), STAGES.get(stage)) for stage in train.names()}
-    return by_stage(stages, make)
+    worlds = by_stage(stages, make)
+    if train.generator_prompt == "caption" and "generator" in stages:
+        if (data := train.data_of("generator")) not in TOYS:
+            raise ValueError(f"generator_prompt is 'caption', wanted 'prompt' for data {data!r}")
+        worlds["generator"] = copy(worlds["generator"])
+        worlds["generator"].prompted_by = "caption"
+    return worlds
 
 
 def parse(argv=None, make_world=make_world):

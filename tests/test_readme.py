@@ -133,9 +133,10 @@ def worlds():
 
     few, *_, most = CAPTIONED
     central = (
-        f"with ever new captions {read('generator', most)} is read, and {read('scratch', most)} "
-        f"from nothing; with {few} captioned clips {read('generator', few)} and "
-        f"{read('scratch', few)} ({seeds}, of an earlier recipe)"
+        f"with ever new captions {read('generator', most)} is read, {read('scratch', most)} from "
+        f"nothing, and {read('no prompts', most)} from a generator that knows no words; with {few} "
+        f"captioned clips {read('generator', few)}, and {read('scratch', few)} from nothing "
+        f"({seeds})"
     )
     rows = [
         ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
@@ -286,8 +287,8 @@ def checks_of(experiment):
 
 
 STARTED = {
-    "generator, five times": "a generator, 6,000 steps",
-    "generator": "a generator, 1,200 steps",
+    "generator": "a generator, 3,000 steps",
+    "generator, a fifth": "a generator, 600 steps",
     "no prompts": "a generator that never saw a prompt",
     "wrong prompts": "a generator that saw other clips' prompts",
     "scratch": "nothing",

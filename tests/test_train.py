@@ -660,6 +660,17 @@ def test_recipe_paper_is_the_papers_choices(monkeypatch, tmp_path):
         assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("data", ["toy", "pairs"])
+def test_a_generator_may_be_prompted_with_captions(data, monkeypatch, tmp_path):
+    flags = "--data", data, "--generator-prompt", "caption"
+    calls, _ = spied(monkeypatch, tmp_path, *flags)
+    dataset = train.make_world(data, 0).dataset("train")
+    for step, ((_, _, _, c), _) in enumerate(calls):
+        texts = dataset.texts(dataset.clips(range(4 * step, 4 * step + 4)))
+        wanted = texts["caption" if step < 5 else "prompt"]
+        assert torch.equal(c, dataset.world.prompt_encoder(wanted))
+
+
 def test_repulsion_reaches_the_loss_and_each_stages_decay_its_muon(monkeypatch, tmp_path):
     decays = []
 

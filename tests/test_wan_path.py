@@ -310,6 +310,9 @@ def test_the_toy_and_a_folder_do_not_go_together(path, tmp_path, capsys):
     with pytest.raises(SystemExit):
         trained("toy", tmp_path / "run", "--recall-data", path / "prompts")
     assert "wanted folders, or the toy" in capsys.readouterr().err
+    asks = "--stages", "generator", "--generator-prompt", "caption"
+    said = refusal(capsys, train.main, "--data", path / "data", *asks)
+    assert "generator_prompt is 'caption', wanted 'prompt'" in said
 
 
 def test_many_prompts_and_a_folder_of_videos(path, tmp_path, capsys):

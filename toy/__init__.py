@@ -26,6 +26,7 @@ class World:
     fixed_size = True
     fps = 8
     negative_prompt = ""
+    prompted_by = "prompt"  # the text that c is made of, or "caption"
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -90,6 +91,17 @@ class Shapes(Dataset):
         """The true attributes and starts behind these indices, as shapes.Clips."""
         return shapes.sample(indices, self.split, self.world.seed)
 
+    def texts(self, clips):
+        """What each clip's "prompt" and "caption" say."""
+        return {
+            "prompt": words.brief(clips.attributes),
+            "caption": words.detailed(clips.attributes),
+        }
+
+    def render(self, clips):
+        """Their frames."""
+        return shapes.render(clips)
+
     def batch(self, step, size):
         """The indices of batch number `step`: clips that no batch before it had."""
         return range(step * size, (step + 1) * size)
@@ -99,14 +111,11 @@ class Shapes(Dataset):
         "prompt" and "caption" (B, N), int64.
         """
         clips = self.clips(indices)
-        prompts = words.brief(clips.attributes)
-        captions = words.detailed(clips.attributes)
-        return {
-            "z_v": self.world.codec.encode(shapes.render(clips)),
-            "prompt": self.world.tokenizer.encode(prompts),
-            "caption": self.world.tokenizer.encode(captions),
-            "c": self.world.prompt_encoder(prompts),
-        }
+        texts = self.texts(clips)
+        batch = {name: self.world.tokenizer.encode(of) for name, of in texts.items()}
+        batch["z_v"] = self.world.codec.encode(self.render(clips))
+        batch["c"] = self.world.prompt_encoder(texts[self.world.prompted_by])
+        return batch
 
     def __getitem__(self, index):
         """One index -> the same dict without the batch axis."""

@@ -70,13 +70,10 @@ class Pairs(toy.Shapes):
         """What is behind these indices, as pairs.Clips."""
         return pairs.sample(indices, self.split, self.world.seed, self.world.level)
 
-    def __getitems__(self, indices):
-        clips = self.clips(indices)
-        prompts = pairs.brief(clips)
-        captions = pairs.detailed(clips, self.world.level)
-        return {
-            "z_v": self.world.codec.encode(pairs.render(clips)),
-            "prompt": self.world.tokenizer.encode(prompts),
-            "caption": self.world.tokenizer.encode(captions),
-            "c": self.world.prompt_encoder(prompts),
-        }
+    def texts(self, clips):
+        """What each clip's "prompt" and "caption" say."""
+        return {"prompt": pairs.brief(clips), "caption": pairs.detailed(clips, self.world.level)}
+
+    def render(self, clips):
+        """Their frames."""
+        return pairs.render(clips)

@@ -37,7 +37,7 @@ class Budget:
         """Step counts into flags.
 
         {recall}: the stage's steps. {text}: both text stages' together. {long_refine}: refine's and
-        the generator's. {five_times}: five times the generator's. {twice}: refine twice as long,
+        the generator's. {a_fifth}: a fifth of the generator's. {twice}: refine twice as long,
         with eight checkpoints on the way.
         {default}, {default_steps}, {default_text}, of the run that is not shortened: stages and
         steps, the steps alone, how many both text stages have together.
@@ -48,7 +48,7 @@ class Budget:
             recall=self.recall,
             text=self.recall + self.refine,
             long_refine=self.generator + self.refine,
-            five_times=f"--generator-steps {5 * self.generator}",
+            a_fifth=f"--generator-steps {self.generator // 5}",
             twice=f"--refine-steps {2 * self.refine} "
             f"--save-every {(self.recall + 2 * self.refine) // 8} --keep 99",
             default=f"--stages generator,recall,refine {steps}",
