@@ -87,7 +87,8 @@ def reading_by_step(run):
 
 
 def drawing(run, stage=None):
-    """Videos drawn from captions (by a generator: from prompts), as the oracle reads them."""
+    """Videos drawn from captions, as the oracle reads them; by a generator, from what it was
+    prompted with."""
     batch, wanted = show(run)
     return compare(run, videos(run, batch, stage=stage), wanted, "drawn")
 
