@@ -35,7 +35,7 @@ def test_first_losses_are_the_stored_ones(tmp_path, monkeypatch):
 def test_a_short_run_learns_to_read_and_draw(tmp_path, capsys):
     """Half of the default run's generator, a fifth of its text stages. Chance, of the answers for
     other clips, is about .3."""
-    steps = "--generator-steps 100 --recall-steps 20 --refine-steps 300 --eval-clips 128"
+    steps = "--generator-steps 100 --recall-steps 20 --refine-steps 300 --eval-clips 64"
     train.main(["--out", str(tmp_path), *steps.split()])
     results = json.loads((tmp_path / "results.json").read_text())
     print(capsys.readouterr().out[-1500:])
@@ -57,7 +57,7 @@ def test_a_short_run_learns_to_read_and_draw(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_discrete_flow_learns_to_read_too(tmp_path, capsys):
-    steps = "--generator-steps 50 --recall-steps 50 --refine-steps 350 --eval-clips 128"
+    steps = "--generator-steps 50 --recall-steps 50 --refine-steps 350 --eval-clips 64 --batch 32"
     train.main(["--out", str(tmp_path), "--text-flow", "discrete", *steps.split()])
     results = json.loads((tmp_path / "results.json").read_text())
     print(capsys.readouterr().out[-1500:])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refusal
+from ranks import Ranks
 from test_train import MODEL
 
 import sample
@@ -37,28 +38,16 @@ RUN = [
 ]
 
 
-def start(out, *flags, ranks=1, restarts=0, script=ROOT / "train.py"):
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--max-restarts",
-        str(restarts),
-        "--master-port",
-        str(20000 + os.getpid() % 20000),
-    ]
-    command = [
-        sys.executable,
-        *(torchrun if ranks > 1 or restarts else []),
-        str(script),
-        *RUN,
-        "--out",
-        str(out),
-        *flags,
-    ]
+def start(out, *flags, ranks=1, script=ROOT / "train.py"):
+    """Of one process, or of as many as torchrun would start."""
+    return Ranks(script, *RUN, "--out", out, *flags, count=ranks)
+
+
+def start_torchrun(out, *flags, ranks=1, restarts=0):
+    torchrun = ["torch.distributed.run", "--nproc-per-node", ranks, "--max-restarts", restarts]
+    torchrun += ["--master-port", 20000 + os.getpid() % 20000, ROOT / "train.py"]
     return subprocess.Popen(
-        command,
+        [str(part) for part in (sys.executable, "-m", *torchrun, *RUN, "--out", out, *flags)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -132,11 +121,7 @@ def two_ranks(parallel, body, tmp_path):
     # in a function: what is left for the interpreter's end outlives its process group
     inside = textwrap.indent(f"{RANK}{body}\ndistributed.leave(m)", "    ")
     script.write_text(f"def main():{inside}\nmain()\n")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command = [sys.executable, *torchrun, str(20000 + os.getpid() % 20000), str(script), parallel]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(Ranks(script, parallel, count=2))
 
 
 def test_a_sharded_run_keeps_its_share_of_the_gradients_whatever_it_accumulates(tmp_path):
@@ -388,17 +373,7 @@ def test_loading_takes_little_more_than_what_is_kept(parallel, tmp_path):
     model.save_pretrained(tmp_path)
     del model
     (tmp_path / "load.py").write_text(LOADING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(20000 + os.getpid() % 20000), str(tmp_path / "load.py")]
-    ended = subprocess.run(
-        [*command, parallel, str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
+    finish(Ranks(tmp_path / "load.py", parallel, tmp_path, count=2))
     found = [[int(n) for n in (tmp_path / f"measured-{k}").read_text().split()] for k in range(2)]
     kept = size if parallel == "ddp" else size / 2
     beyond = sum(most - before - kept for before, most in found)
@@ -432,7 +407,7 @@ def children(pid):
 def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(one, tmp_path):
     """Without restarts the others do not wait for it; its checkpoint is intact."""
     out = tmp_path / "run"
-    process = start(out, ranks=2)
+    process = start_torchrun(out, ranks=2)
     wait_for(out, 7, process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     process.communicate(timeout=60)
@@ -444,7 +419,7 @@ def test_a_process_that_dies_ends_the_run_and_the_run_goes_on(one, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_torchrun_starts_the_processes_again_and_they_go_on_by_themselves(victim, one, tmp_path):
     out = tmp_path / "run"
-    process = start(out, ranks=2, restarts=1)
+    process = start_torchrun(out, ranks=2, restarts=1)
     wait_for(out, 7, process)
     os.kill(children(process.pid)[victim], signal.SIGKILL)
     finish(process)
@@ -452,8 +427,6 @@ def test_torchrun_starts_the_processes_again_and_they_go_on_by_themselves(victim
 
 
 SPOILT = """
-import sys
-sys.path.insert(0, {root!r})
 import toy, train
 real = toy.Shapes.__getitems__
 def spoilt(self, indices):
@@ -470,7 +443,7 @@ train.main()
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_sample_that_is_no_number_is_left_out_by_all_processes(parallel, tmp_path):
     """Clips 13 and 38 are in one process's share of steps 3 and 9; both leave these steps out."""
-    (tmp_path / "spoilt.py").write_text(SPOILT.format(root=str(ROOT)))
+    (tmp_path / "spoilt.py").write_text(SPOILT)
     flags = ["--log-every", "4", "--save-every", "1000"]
     outputs = [
         finish(start(tmp_path / name, *flags, *more, ranks=ranks, script=tmp_path / "spoilt.py"))
@@ -515,7 +488,7 @@ def test_the_time_limit_saves_and_ends_and_is_of_each_call(tmp_path, capsys, mon
 
 def test_sigterm_to_torchrun_saves_with_workers_too(one, tmp_path):
     out = tmp_path / "run"
-    process = start(out, "--workers", "1", "--save-every", "1000", "--keep", "9", ranks=2)
+    process = start_torchrun(out, "--workers", "1", "--save-every", "1000", "--keep", "9", ranks=2)
     wait_for(out, 3, process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to the whole process group
     output = process.communicate(timeout=100)[0]
@@ -528,7 +501,7 @@ def test_a_run_that_was_refused_is_not_resumed_by_the_restart(tmp_path):
     out = tmp_path / "run"
     finish(start(out, "--time-limit", "0.0001"))
     before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
-    process = start(out, restarts=1)
+    process = start_torchrun(out, restarts=1)
     output = process.communicate(timeout=100)[0]
     assert (
         process.returncode != 0
