@@ -125,10 +125,9 @@ FFN_T = {
     width: from_generator(f"FFN_t {share}", f"--text-ffn-dim {width}")
     for share, width in (("an eighth", 32), ("half", 128))
 }
-LONG = "--recall-steps 100 --refine-steps 1500"
 TRAINED = {
     (what, length): from_generator(f"{length}{what} trained", f"--train {what} {flags}")
-    for length, flags in (("", ""), ("whole, ", LONG))
+    for length, flags in (("", ""), ("whole, ", "{default_steps}"))
     for what in ("all", "text")
 }
 ALIKE = "--joint-shift 4"  # as text_shift: one clock, but for the warp
