@@ -128,15 +128,19 @@ def worlds():
     draws = second["generation"]["attribute_accuracy"]
     seeds = "one seed" if len(claim["seeds"]) == 1 else f"{len(claim['seeds'])} seeds"
 
-    def read(start, clips):
-        return f"{claim['mean and spread'][TEXT[start, clips].name]['read'][0]:.3f}"
+    def read(start, clips, when="read"):
+        return f"{claim['mean and spread'][TEXT[start, clips].name][when][0]:.3f}"
 
     few, *_, most = CAPTIONED
+    early, late = (
+        {start: read(start, most, when) for start in ("generator", "scratch", "no prompts")}
+        for when in ("read early", "read")
+    )
     central = (
-        f"with ever new captions {read('generator', most)} is read, {read('scratch', most)} from "
-        f"nothing, and {read('no prompts', most)} from a generator that knows no words; with {few} "
-        f"captioned clips {read('generator', few)}, and {read('scratch', few)} from nothing "
-        f"({seeds})"
+        f"a quarter of the way {early['generator']} is read, {early['scratch']} from nothing, and "
+        f"{early['no prompts']} from a generator that knows no words; at the end "
+        f"{late['generator']}, {late['scratch']} and {late['no prompts']}; with {few} captioned "
+        f"clips {read('generator', few)}, and {read('scratch', few)} from nothing ({seeds})"
     )
     rows = [
         ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
@@ -300,7 +304,7 @@ def central():
     of, rows = in_pairs("pretraining")["mean and spread"], []
 
     def cells(variant):
-        names = ("read", "read bound", "drawn")
+        names = ("read early", "read", "read bound", "drawn")
         return " / ".join(f"{of[variant][name][0]:.3f}" for name in names if variant in of)
 
     for start, about in STARTED.items():

@@ -63,8 +63,9 @@ def reading(run):
 
 
 def reading_by_step(run):
-    """The same at each checkpoint, and how alike E's rows are: the largest cosine between two rows
-    of one attribute's values, and of any two values, of those that the level's captions tell."""
+    """The same at each checkpoint, "early" at the first after a quarter of the way, and how alike
+    E's rows are: the largest cosine between two rows of one attribute's values, and of any two
+    values, of those that the level's captions tell."""
     batch, wanted = show(run)
     known = run.world.tokenizer.ids
     rows = {
@@ -72,12 +73,15 @@ def reading_by_step(run):
         for name in names_of(run.world.level)
     }
     rows["largest cosine"] = sum(rows.values(), [])
-    numbers = {}
-    for step, folder in checkpoints(run.folder):
+    numbers, saved = {}, checkpoints(run.folder)
+    early = next(step for step, _ in saved if 4 * step >= saved[-1][0])
+    for step, folder in saved:
         model = run.restored(folder)
         found = compare(run, captions(run, batch, model), wanted, "read")
         numbers[f"read by step @ {step}"] = found["read"]
         numbers[f"bound by step @ {step}"] = found["read bound"]
+        if step == early:
+            numbers |= {"read early": found["read"], "bound early": found["read bound"]}
         E = F.normalize(model.embedding_matrix().detach(), dim=-1)
         cosines = (E @ E.T).fill_diagonal_(-1)  # (V, V)
         for name, ids in rows.items():

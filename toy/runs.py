@@ -37,8 +37,8 @@ class Budget:
         """Step counts into flags.
 
         {recall}: the stage's steps. {text}: both text stages' together. {long_refine}: refine's and
-        the generator's. {a_fifth}: a fifth of the generator's. {twice}: refine twice as long,
-        with eight checkpoints on the way.
+        the generator's. {a_fifth}: a fifth of the generator's. {saves}: eight checkpoints on
+        the way. {twice}: refine twice as long, with as many.
         {default}, {default_steps}, {default_text}, of the run that is not shortened: stages and
         steps, the steps alone, how many both text stages have together.
         """
@@ -49,6 +49,7 @@ class Budget:
             text=self.recall + self.refine,
             long_refine=self.generator + self.refine,
             a_fifth=f"--generator-steps {self.generator // 5}",
+            saves=f"--save-every {(self.recall + self.refine) // 8} --keep 99",
             twice=f"--refine-steps {2 * self.refine} "
             f"--save-every {(self.recall + 2 * self.refine) // 8} --keep 99",
             default=f"--stages generator,recall,refine {steps}",
