@@ -1,7 +1,7 @@
 """Does training work here? Some clips by heart, and the model asked what it saw.
 
     python -m wan.smoke --tiny --out runs/smoke            16 tiny clips and a tiny random Wan that
-                                                           it makes: a minute on a CPU
+                                                           it makes: two minutes on two CPU cores
     python -m wan.smoke --data data/clips --init Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out runs/smoke
                                                            16 clips of your own, from wan.prepare
     ... --steps 600 --train text                           other flags are train.py's
