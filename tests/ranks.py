@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "toy", "torch._dynamo"])
@@ -22,6 +24,7 @@ def run_script(command, printed, environment):
         os.dup2(file, stream)
     os.environ.update(environment)
     os.chdir(ROOT)
+    torch.set_num_threads(1)  # torchrun's processes have one
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
