@@ -56,7 +56,7 @@ class Ranks:
         for process in self.processes:
             os.kill(process.pid, number)
 
-    def communicate(self, timeout):
+    def communicate(self, timeout=60):
         """Waits for each at most so many seconds; gives what they printed, and nothing."""
         for process in self.processes:
             process.join(timeout)

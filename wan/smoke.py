@@ -59,12 +59,8 @@ def make_tiny(out):
     write_lines(out / "index.jsonl", rows)
     normalise(out / "wan", [out / row["video"] for row in rows])
     where = f"--videos {out} --index {out}/index.jsonl --wan {out}/wan --out {out}/clips"
-    prepare.main(
-        [
-            *where.split(),
-            *"--frames 9 --sizes 32x48 --prompt-tokens 4-40 --caption-tokens 4-40".split(),
-        ]
-    )
+    limits = "--frames 9 --sizes 32x48 --prompt-tokens 4-40 --caption-tokens 4-40"
+    prepare.main(f"{where} {limits}".split())
     return ["--data", f"{out}/clips", "--init", f"{out}/wan"]
 
 
