@@ -507,7 +507,8 @@ def make_worlds(train, make_world):
     stages = {stage: (train.data_of(stage), STAGES.get(stage)) for stage in train.names()}
     worlds = by_stage(stages, make)
     if train.generator_prompt == "caption" and "generator" in stages:
-        if (data := train.data_of("generator")) not in TOYS:
+        data = train.data_of("generator")
+        if not hasattr(worlds["generator"], "prompted_by"):
             raise ValueError(f"generator_prompt is 'caption', wanted 'prompt' for data {data!r}")
         worlds["generator"] = copy(worlds["generator"])
         worlds["generator"].prompted_by = "caption"

@@ -173,6 +173,9 @@ def test_verdicts_follow_from_the_numbers():
     assert judge([narrow], seeds)[0] == "not supported"
     (told,) = judge([better], seeds)[1]
     assert told["gain"] == [0.3, 0.4, 0.5] and told["mean"] == 0.4 and told["spread"] == 0.1
+    del seeds[0]["b"], seeds[1]["a"]
+    assert judge([better], seeds)[1][0]["gain"] == [0.5]
+    assert judge([better], seeds[:2]) == ("not decided", [])
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,15 @@ def summary(values):
 
 
 def judge(checks, seeds):
-    """checks against one {variant: {name: number}} a seed -> verdict, and a dict a check."""
+    """checks against one {variant: {name: number}} a seed -> verdict, and a dict a check.
+
+    A check goes by the seeds that have its variants; one without any is left out.
+    """
     told = []
     for check in checks:
-        gains = [round(check.gain(of), 4) for of in seeds]
+        gains = [round(check.gain(of), 4) for of in seeds if check.variants() <= of.keys()]
+        if not gains:
+            continue
         mean, spread = summary(gains)
         holds = mean - check.above > spread
         told.append(vars(check) | {"gain": gains, "mean": mean, "spread": spread, "holds": holds})
@@ -98,29 +103,30 @@ def finding(verdict, checks):
 def perform(experiment, seeds, budget, out, finished=False):
     """Trains, measures and judges; writes <out>/<name>/results.json and figure.png.
 
-    finished: trains nothing, and leaves out what is not trained yet with all seeds. Returns what
-    the JSON holds. Raises ValueError where nothing is left.
+    finished: trains nothing, and leaves out what is not trained yet. Returns what the JSON holds.
+    Raises ValueError where nothing is left.
     """
-    variants = experiment.variants
-    if finished:
-        variants = [v for v in variants if all(is_trained(v, s, budget, out) for s in seeds)]
-    if not variants:
+    todo = {
+        seed: [v for v in experiment.variants if not finished or is_trained(v, seed, budget, out)]
+        for seed in seeds
+    }
+    todo = {seed: variants for seed, variants in todo.items() if variants}
+    if not todo:
         raise ValueError(f"{out} has no finished run of experiment {experiment.name}")
-    kept = {v.name for v in variants}
-    checks = [c for c in experiment.checks if not finished or c.variants() <= kept]
     runs = []  # of each seed: variant -> Run
     measured = []  # of each seed: variant -> name -> number
-    for seed in seeds:
+    for seed, variants in todo.items():
         runs.append({v.name: trained(v, seed, budget, out) for v in variants})
         measured.append({name: r.measure(experiment.measures) for name, r in runs[-1].items()})
-    numbers = {}
-    for variant, names in measured[0].items():
-        numbers[variant] = {name: summary([of[variant][name] for of in measured]) for name in names}
-    verdict, checks = judge(checks, measured)
-    described = {}
-    for v in variants:
-        seconds = [of_seed[v.name].seconds() for of_seed in runs]
+    numbers, described = {}, {}
+    for v in experiment.variants:
+        found = [of[v.name] for of in measured if v.name in of]
+        if not found:
+            continue
+        numbers[v.name] = {name: summary([of[name] for of in found]) for name in found[0]}
+        seconds = [of[v.name].seconds() for of in runs if v.name in of]
         described[v.name] = v.describe(budget) | {"training seconds": seconds}
+    verdict, checks = judge(experiment.checks, measured)
     results = {
         "name": experiment.name,
         "claim": experiment.claim,
@@ -128,10 +134,10 @@ def perform(experiment, seeds, budget, out, finished=False):
         "verdict": verdict,
         "found": finding(verdict, checks),
         "checks": checks,
-        "seeds": seeds,
+        "seeds": list(todo),
         "budget": vars(budget),
         "variants": described,
-        "not trained": [v.name for v in experiment.variants if v.name not in kept],
+        "not trained": [v.name for v in experiment.variants if v.name not in numbers],
         "mean and spread": numbers,
         "each seed": measured,
     }
