@@ -325,6 +325,18 @@ def central():
     return markdown(["text stages start from", *head, "none seen twice"], rows)
 
 
+def kinds_of_e():
+    """What the second world's captions came to with each kind of E."""
+    of, lines = in_pairs("embedding")["mean and spread"], []
+    for variant, numbers in of.items():
+        curve = [name for name in numbers if name.startswith("largest cosine @ ")]
+        last = max(curve, key=lambda name: int(name.rpartition(" ")[2]))
+        names = (last, "read shape", "read", "read bound", "drawn")
+        lines.append([variant, *(f"{numbers[name][0]:.3f}" for name in names)])
+    head = ["largest cosine", "shapes read", "all attributes read", "both bound", "drawn"]
+    return markdown(["", *head], lines)
+
+
 def trainings():
     """How long the experiments' runs are and took."""
     runs = {}
@@ -599,7 +611,7 @@ TABLES = {
     README: [pictures, results, worlds, forward],
     TOY: [levels, pairs, speed, neighbour],
     RESULTS: [
-        *(central, seeds, verdicts, claims, trainings, widths, choices, reading),
+        *(central, seeds, verdicts, claims, trainings, widths, kinds_of_e, choices, reading),
         *(confidence, best_of),
     ],
     WAN: [settings, h100, steps, reuse],
