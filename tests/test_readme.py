@@ -264,7 +264,9 @@ def verdicts():
 def verdict(of):
     checks = [check for check in of["checks"] if not check["ours"]]
     held = f"{sum(check['holds'] for check in checks)} of {len(checks)}"
-    return f"**{of['verdict']}**, {held}" + ", one seed" * (len(of["seeds"]) == 1)
+    alone = [len(check["gain"]) == 1 for check in checks]
+    seeds = ", one seed" if all(alone) else ", in part one seed" if any(alone) else ""
+    return f"**{of['verdict']}**, {held}{seeds}"
 
 
 def claims():
@@ -278,6 +280,8 @@ def claims():
         parts.append(f"![figure of {name}](experiments/{name}/figure.png)")
         if second := in_pairs(name):
             parts += [f"In `pairs`: {verdict(second)}. {second['claim']}", checks_of(second)]
+            if left := second["not trained"]:
+                parts.append(textwrap.fill(f"Not trained yet: {'; '.join(left)}.", 120))
             parts.append(f"![figure of {name} in pairs](pairs/{name}/figure.png)")
     return "\n\n".join(parts)
 
