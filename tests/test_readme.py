@@ -187,7 +187,7 @@ def seeds():
 def levels():
     """What one run at a level of the second world came to, with chance."""
     rows = []
-    for name in ("level1", "level1-repulsion-0", "level1-neither", "level2"):
+    for name in ("level1", "level1-brief", "level1-repulsion-0", "level2"):
         of = stored(f"toy/results/pairs/{name}")
         chance = of["chance"]["understanding"]["attribute_accuracy"]
         numbers = [

@@ -33,9 +33,8 @@ WHOLE = tuple(train.PAIRS[f"{stage}_steps"] for stage in train.STAGES)
 FULL = Budget(generator=3000, recall=200, refine=1000, clips=256, default=WHOLE, flags=FLAGS)
 QUICK = Budget(generator=60, recall=10, refine=70, clips=32, default=(60, 10, 140), flags=FLAGS)
 
-# Captions teach it the words; after 1,200 steps with prompts it draws at chance. Less decay, for
-# more steps than in the whole run.
-LONG = "--stages generator --generator-prompt caption --generator-muon-decay .04"
+# Less decay, for more steps than in the whole run.
+LONG = "--stages generator --generator-muon-decay .04"
 GENERATOR = Variant("generator", LONG)
 from_generator = partial(Variant, start=GENERATOR)
 
@@ -43,9 +42,7 @@ from_generator = partial(Variant, start=GENERATOR)
 
 STARTS = {
     "generator": GENERATOR,
-    "generator, a fifth": Variant(
-        "generator, a fifth", "--stages generator --generator-prompt caption {a_fifth}"
-    ),
+    "generator, a fifth": Variant("generator, a fifth", "--stages generator {a_fifth}"),
     "no prompts": Variant("generator, no prompts", f"{LONG} --generator-p-drop 1"),
     "wrong prompts": Variant("generator, wrong prompts", LONG, loss=wrong_prompts),
     "scratch": None,
