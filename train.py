@@ -192,8 +192,8 @@ class Train:
     )
     generator_prompt: str = option(
         "prompt",
-        "what prompts stage generator: a clip's 'prompt', or its 'caption' (the toys only; Wan, too, "
-        "learned from long prompts)",
+        "what prompts stage generator: a clip's 'prompt', or its 'caption' (the toys only; Wan "
+        "learned from long prompts, too)",
         choices=("prompt", "caption"),
     )
     generator_p_drop: float = chance(

@@ -218,3 +218,7 @@ def test_none_is_told_where_none_holds_of_the_first_shape():
         told.attributes, told.relation, [{(2, "blue", "red")}, {(1, "red", "blue")}]
     )
     assert pairs_evaluate.relation_right(told, truth).tolist() == [True, False]
+    others = pairs_evaluate.Told(truth.attributes.roll(1, 1).clone(), told.relation, truth.holds)
+    assert pairs_evaluate.relation_right(told, others).tolist() == [True, False]
+    others.attributes[:, 0, pairs_evaluate.COLOUR] += 1  # the shape named is not there
+    assert not pairs_evaluate.relation_right(told, others).any()

@@ -120,13 +120,17 @@ def right_in(found, wanted):
 
 def relation_right(found, wanted):
     """Where a caption tells a relation that holds, or none where none holds of the shape that it
-    names first: (n,) bool. Videos that were drawn are found, and held against their captions."""
+    names first: (n,) bool. What it says of a shape that is not there is wrong. Videos that were
+    drawn are found, and held against their captions.
+    """
     caption, facts = (found, wanted) if found.holds is None else (wanted, found)
+    named, there = (of.attributes[..., COLOUR].tolist() for of in (caption, facts))
     right = []
-    for row, relation, holds in zip(caption.attributes, caption.relation, facts.holds):
-        first, second = (ATTRIBUTES["colour"][i] for i in row[:, COLOUR].tolist())
+    for colours, others, relation, holds in zip(named, there, caption.relation, facts.holds):
+        first, second = (ATTRIBUTES["colour"][i] for i in colours)
         told = {relation} if relation else {(k, first, second) for k in range(len(RELATIONS))}
-        right.append(holds is not None and bool(told & holds) == bool(relation))
+        known = holds is not None and set(colours) == set(others)
+        right.append(known and bool(told & holds) == bool(relation))
     return torch.tensor(right)
 
 
