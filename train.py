@@ -112,7 +112,7 @@ PAIRS = PAIRS_GENERATOR | dict(
     refine_muon_decay=0.02,
     repulsion=0.1,
 )
-PAIRS_PAPER = PAIRS_GENERATOR | dict(recall_steps=2160, refine_steps=3240)  # 40% of them in recall
+PAIRS_PAPER = PAIRS_GENERATOR | dict(recall_steps=2160, refine_steps=3240)  # 40% of the text
 TOYS = {"toy", "pairs"}
 
 steps = partial(option, low=1, high=10**9)
