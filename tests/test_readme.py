@@ -187,7 +187,7 @@ def seeds():
 def levels():
     """What one run at a level of the second world came to, with chance."""
     rows = []
-    names = ("level1", "level1-brief", "level1-repulsion-0", *(f"level{k}" for k in (2, 3, 4, 6)))
+    names = ("level1", "level1-brief", "level1-repulsion-0", *(f"level{k}" for k in range(2, 7)))
     for name in names:
         of = stored(f"toy/results/pairs/{name}")
         chance = of["chance"]["understanding"]["attribute_accuracy"]
