@@ -187,7 +187,8 @@ def seeds():
 def levels():
     """What one run at a level of the second world came to, with chance."""
     rows = []
-    names = ("level1", "level1-brief", "level1-repulsion-0", *(f"level{k}" for k in range(2, 7)))
+    names = ("level1", "level1-brief", "level1-repulsion-0", "level2", "level2-brief")
+    names += tuple(f"level{k}" for k in range(3, 7))
     for name in names:
         of = stored(f"toy/results/pairs/{name}")
         chance = of["chance"]["understanding"]["attribute_accuracy"]
