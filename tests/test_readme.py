@@ -207,8 +207,8 @@ def levels():
         "reads",
         "chance",
         "binds",
-        "unseen pairs",
-        "told a prompt",
+        "binds, unseen pairs",
+        "binds, told a prompt",
         "draws",
     ]
     return markdown(head, rows)
