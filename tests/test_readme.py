@@ -332,13 +332,13 @@ def central():
 
 
 def kinds_of_e():
-    """What the second world's captions came to with each kind of E."""
+    """What the second world's captions came to with each kind of E, over seeds."""
     of, lines = in_pairs("embedding")["mean and spread"], []
     for variant, numbers in of.items():
         curve = [name for name in numbers if name.startswith("largest cosine @ ")]
         last = max(curve, key=lambda name: int(name.rpartition(" ")[2]))
         names = (last, "read shape", "read", "read bound", "drawn")
-        lines.append([variant, *(f"{numbers[name][0]:.3f}" for name in names)])
+        lines.append([variant, *("{:.3f} ± {:.3f}".format(*numbers[name]) for name in names)])
     head = ["largest cosine", "shapes read", "all attributes read", "both bound", "drawn"]
     return markdown(["", *head], lines)
 
