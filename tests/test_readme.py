@@ -127,21 +127,25 @@ def worlds():
     reads, binds = (second["understanding"][k] for k in ("attribute_accuracy", "binding"))
     draws = second["generation"]["attribute_accuracy"]
     few, *_, most = CAPTIONED
-    seeds = {n: how_many_seeds(claim, TEXT["generator", n].name) for n in (few, most)}
+    starts = "generator", "scratch", "no prompts"
+
+    def seeds(clips, starts):
+        (n,) = {how_many_seeds(claim, TEXT[start, clips].name) for start in starts}  # alike
+        return n
 
     def read(start, clips, when="read"):
         return f"{claim['mean and spread'][TEXT[start, clips].name][when][0]:.3f}"
 
     early, late = (
-        {start: read(start, most, when) for start in ("generator", "scratch", "no prompts")}
-        for when in ("read early", "read")
+        {start: read(start, most, when) for start in starts} for when in ("read early", "read")
     )
     central = (
         f"a quarter of the way {early['generator']} is read, {early['scratch']} from nothing, and "
         f"{early['no prompts']} from a generator that knows no words; at the end "
-        f"{late['generator']}, {late['scratch']} and {late['no prompts']} ({seeds[most]}); with "
-        f"{few} captioned clips {read('generator', few)}, and {read('scratch', few)} from nothing "
-        f"({seeds[few]})"
+        f"{late['generator']}, {late['scratch']} and {late['no prompts']} "
+        f"({seeds(most, starts)}); with {few} captioned clips {read('generator', few)}, and "
+        f"{read('scratch', few)} from nothing "
+        f"({seeds(few, starts[:2])})"
     )
     rows = [
         ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
@@ -266,9 +270,14 @@ def verdicts():
 def verdict(of):
     checks = [check for check in of["checks"] if not check["ours"]]
     held = f"{sum(check['holds'] for check in checks)} of {len(checks)}"
-    alone = [len(check["gain"]) == 1 for check in checks]
-    seeds = ", one seed" if all(alone) else ", in part one seed" if any(alone) else ""
-    return f"**{of['verdict']}**, {held}{seeds}"
+    counts = [len(check["gain"]) for check in checks]
+    few, most = min(counts), max(counts)
+    seeds = so_many(few) if few == most else f"{few} to {most} seeds"
+    return f"**{of['verdict']}**, {held}" + f", {seeds}" * (few < len(SEEDS))
+
+
+def so_many(seeds):
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def claims():
@@ -293,7 +302,8 @@ def checks_of(experiment):
     for check in experiment["checks"]:
         about = check["says"].replace("|", r"\|") + " (ours, not counted)" * check["ours"]
         gain = f"{check['mean']:+.3f}"
-        gain += f" ± {check['spread']:.3f}" if len(check["gain"]) > 1 else ", one seed"
+        gain += f" ± {check['spread']:.3f}" * (len(check["gain"]) > 1)
+        gain += f", {so_many(len(check['gain']))}" * (len(check["gain"]) < len(SEEDS))
         rows.append(["yes" if check["holds"] else "no", about, gain, f"{check['above']:+.3f}"])
     return markdown(["holds", "check", "gain", "has to exceed"], rows)
 
@@ -308,8 +318,7 @@ STARTED = {
 
 
 def how_many_seeds(results, variant):
-    n = sum(variant in measured for measured in results["each seed"])
-    return "one seed" if n == 1 else f"{n} seeds"
+    return so_many(sum(variant in measured for measured in results["each seed"]))
 
 
 def central():
