@@ -218,6 +218,46 @@ def levels():
     return markdown(head, rows)
 
 
+BY_LEVEL = {
+    **{name: name for name in ("size", "colour", "shape", "speed", "direction")},
+    "event": "turns or stops",
+    "attribute_accuracy": "**attributes, mean**",
+    "shape_right": "all of a shape",
+    "product_of_attributes": "the product of its attributes",
+    "shape_right_unseen": "all of a shape, unseen pairs",
+    "product_of_attributes_unseen": "the product, unseen pairs",
+    "binding": "**binding**",
+    "binding_unseen": "binding, unseen pairs",
+    "relation": "relation",
+    "exact_match": "all that a caption tells",
+    "exact_match_unseen": "the same, unseen pairs",
+}
+
+
+def by_level():
+    """Every measure of the default run at each level, with chance."""
+    runs = [stored(f"toy/results/pairs/level{k}") for k in range(1, 7)]
+    parts = []
+    for mode, says in {
+        "understanding": "Captions of clips",
+        "understanding_with_prompt": "Captions of clips, a prompt at hand",
+        "generation": "Videos drawn of captions",
+        "joint_agreement": "Captions against videos, drawn together from a prompt",
+    }.items():
+        rows = []
+        for name, about in BY_LEVEL.items():
+            cells = []
+            for run in runs:
+                of, chance = (
+                    r[mode] | r[mode]["attribute_accuracy_each"] for r in (run, run["chance"])
+                )
+                cells.append(f"{of[name]:.3f} ({chance[name]:.2f})" if name in of else "")
+            rows.append([about, *cells])
+        head = [says, *(f"level {run['level']}" for run in runs)]
+        parts.append(markdown(head, rows))
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------- the paper's claims
 
 CLAIMS = {
@@ -627,7 +667,7 @@ TABLES = {
     TOY: [levels, pairs, speed, neighbour],
     RESULTS: [
         *(central, seeds, verdicts, claims, trainings, widths, kinds_of_e, choices, reading),
-        *(confidence, best_of),
+        *(by_level, confidence, best_of),
     ],
     WAN: [settings, h100, steps, reuse],
 }

@@ -4,6 +4,7 @@ Of two shapes that were named and two that there are, those of one colour belong
 whose colour was not named counts as wrong in all it has, so that matching does not flatter.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -153,11 +154,20 @@ def score(found, wanted, level):
         "attribute_accuracy": share(both),
         "attribute_accuracy_each": each,
         "shape_right": share(both.prod(2)),
+        "product_of_attributes": product(each),
         "binding": share(bound.prod(1)),
         **relation,
         "exact_match": share(all_right(found, wanted, level)),
-        "product_of_attributes": round(float(torch.tensor([*each.values()]).prod()), 4),
     }
+
+
+def product(each):
+    """How often a shape would be right in all it has, were its attributes right independently.
+
+    Without the right colour all of a shape counts as wrong, so the others are taken given it.
+    """
+    colour = each["colour"] or 1.0
+    return round(each["colour"] * math.prod(v / colour for v in each.values()), 4)
 
 
 def share(right):
@@ -243,13 +253,19 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
     return Evaluation(results, {"gallery": gallery})
 
 
+SHARES = (
+    *("attribute_accuracy", "shape_right", "product_of_attributes"),
+    *("binding", "relation", "exact_match"),
+)
+
+
 def table(results):
     """The measures of each mode, seen and unseen, beside chance."""
     lines = [f"level {results['level']:<34}{'seen':>9}{'unseen':>9}{'chance':>9}"]
     for mode, of in results.items():
         if mode not in results["chance"]:
             continue
-        for name in ("attribute_accuracy", "shape_right", "binding", "relation", "exact_match"):
+        for name in SHARES:
             if name not in of:  # captions tell relations from level 5 on
                 continue
             values = of[name], of.get(f"{name}_unseen"), results["chance"][mode].get(name)
