@@ -140,23 +140,25 @@ def test_shapes_are_matched_by_colour():
     assert of["attribute_accuracy_each"]["shape"] == 0
 
 
-def test_the_product_of_attributes_is_exact_where_they_are_right_independently():
+def test_binding_by_product_is_binding_where_attributes_are_right_independently():
     told = torch.tensor([[[0, 1, 2, 0, 1, 0], [1, 3, 0, 1, 2, 0]]]).repeat(8, 1, 1)
+
+    def bound(found):
+        of = (pairs_evaluate.Told(attributes, [None] * 8) for attributes in (found, told))
+        found = pairs_evaluate.score(*of, 1)
+        return found["binding"], found["binding_by_product"]
+
+    assert bound(told) == (1, 1)
     wrong = told.clone()
-    wrong[4:, 0, 1] = 5  # the colour in half of the clips, shape and direction in half of those
-    wrong[::2, 0, 2] = 3
-    wrong[[2, 3, 6, 7], 0, 4] = 0
-    found = pairs_evaluate.Told(wrong[:, :1], [None] * 8)
-    of = pairs_evaluate.score(found, pairs_evaluate.Told(told[:, :1], [None] * 8), 1)
-    assert of["attribute_accuracy_each"] == {"colour": 0.5, "shape": 0.25, "direction": 0.25}
-    assert of["shape_right"] == of["product_of_attributes"] == 0.125
-    wrong[:] = told
-    wrong[4:, 0, 2:5] = torch.tensor([3, 0, 0])  # shape and direction together
-    of = pairs_evaluate.score(found, pairs_evaluate.Told(told[:, :1], [None] * 8), 1)
-    assert (of["shape_right"], of["product_of_attributes"]) == (0.5, 0.25)
+    wrong[4:, 0, 1] = 5  # of one shape, not the other: the colour in half of the clips,
+    wrong[::2, 0, 2] = 3  # in half of those the form,
+    wrong[[2, 3, 6, 7], 0, 4] = 0  # in half of those the direction
+    assert bound(wrong) == (0.125, 0.125)
+    wrong = told.clone()
+    wrong[4:, :, 2] = 3  # wrong together: forms of both shapes
+    assert bound(wrong) == (0.5, 0.25)
     wrong[..., 1] = 5
-    of = pairs_evaluate.score(found, pairs_evaluate.Told(told[:, :1], [None] * 8), 1)
-    assert of["product_of_attributes"] == 0
+    assert bound(wrong) == (0, 0)
 
 
 def test_its_recipes_take_longer_and_the_papers_recalls_in_two_steps_of_five():

@@ -4,7 +4,6 @@ Of two shapes that were named and two that there are, those of one colour belong
 whose colour was not named counts as wrong in all it has, so that matching does not flatter.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,10 @@ from .pairs import ATTRIBUTES, RELATIONS
 
 COLOUR = list(ATTRIBUTES).index("colour")
 BOUND = [list(ATTRIBUTES).index(name) for name in ("colour", "shape", "direction")]
+MEASURES = (
+    *("attribute_accuracy", "shape_right", "binding", "binding_by_product", "relation"),
+    "exact_match",
+)
 
 
 @dataclass
@@ -154,20 +157,22 @@ def score(found, wanted, level):
         "attribute_accuracy": share(both),
         "attribute_accuracy_each": each,
         "shape_right": share(both.prod(2)),
-        "product_of_attributes": product(each),
         "binding": share(bound.prod(1)),
+        "binding_by_product": by_product(right[..., BOUND]),
         **relation,
         "exact_match": share(all_right(found, wanted, level)),
     }
 
 
-def product(each):
-    """How often a shape would be right in all it has, were its attributes right independently.
+def by_product(right):
+    """What binding would be, were the attributes of both shapes right independently.
 
-    Without the right colour all of a shape counts as wrong, so the others are taken given it.
+    right (n, 2, 3): colour, shape, direction. Without the right colour all of a shape counts as
+    wrong, so the others are taken among the shapes whose colour is right.
     """
-    colour = each["colour"] or 1.0
-    return round(each["colour"] * math.prod(v / colour for v in each.values()), 4)
+    colour, shape, direction = right.double().mean(0).T  # (2,) each
+    both = colour * (shape / colour) * (direction / colour)
+    return round(both.nan_to_num().prod().item(), 4)
 
 
 def share(right):
@@ -253,19 +258,13 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
     return Evaluation(results, {"gallery": gallery})
 
 
-SHARES = (
-    *("attribute_accuracy", "shape_right", "product_of_attributes"),
-    *("binding", "relation", "exact_match"),
-)
-
-
 def table(results):
     """The measures of each mode, seen and unseen, beside chance."""
     lines = [f"level {results['level']:<34}{'seen':>9}{'unseen':>9}{'chance':>9}"]
     for mode, of in results.items():
         if mode not in results["chance"]:
             continue
-        for name in SHARES:
+        for name in MEASURES:
             if name not in of:  # captions tell relations from level 5 on
                 continue
             values = of[name], of.get(f"{name}_unseen"), results["chance"][mode].get(name)
