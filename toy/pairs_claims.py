@@ -164,8 +164,8 @@ EXPERIMENTS = (
     Experiment(
         name="embedding",
         claim=(
-            "E is learnable (section 3.1, eq. 7). So learning it costs no reading, with no more help "
-            "than the toy's cross-entropy of weight 0.1."
+            "E is learnable (section 3.1, eq. 7). So learning it costs no reading, with no more "
+            "help than the toy's cross-entropy of weight 0.1."
         ),
         refuted_if="Another E reads better.",
         variants=(LEARNED, *ROWS.values()),
