@@ -123,9 +123,8 @@ def worlds():
         statistics.fmean(number(run, f"{mode}.attribute_accuracy") for run in SEEDS)
         for mode in ("understanding", "generation")
     ]
-    second, claim = stored("toy/results/pairs/level1"), in_pairs("pretraining")
-    reads, binds = (second["understanding"][k] for k in ("attribute_accuracy", "binding"))
-    draws = second["generation"]["attribute_accuracy"]
+    second, claim = at_level(1), in_pairs("pretraining")
+    reads, binds, draws = (over_seeds(second, LEVELS[k]) for k in ("reads", "binds", "draws"))
     few, *_, most = CAPTIONED
     starts = "generator", "scratch", "wrong prompts", "no prompts"
 
@@ -152,8 +151,8 @@ def worlds():
         ["one shape", f"after minutes it reads {first[0]:.3f} and draws {first[1]:.3f}"],
         [
             "[two shapes](toy/README.md#the-second-world)",
-            f"after half an hour it reads {reads:.3f}, of both shapes at once {binds:.3f}, and "
-            f"draws {draws:.3f} (one seed)",
+            f"after half an hour it reads {reads} of the attributes, both shapes in {binds} of the "
+            f"clips, and draws {draws} ({so_many(len(second))})",
         ],
         [
             "[text learned from a generator, or from nothing](toy/results/README.md"
@@ -165,9 +164,10 @@ def worlds():
 
 
 def over_seeds(runs, measure, suffix=""):
-    """Mean and standard deviation."""
+    """Mean and standard deviation; of one run, its number."""
     values = [number(run, measure, suffix) for run in runs]
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def seeds():
@@ -189,34 +189,36 @@ def seeds():
     return markdown(["", "seed 0", "seed 1", "seed 2", *paper, "chance"], rows)
 
 
-def levels():
-    """What one run at a level of the second world came to, with chance."""
-    rows = []
-    names = ("level1", "level1-brief", "level1-repulsion-0", "level2", "level2-brief")
-    names += tuple(f"level{k}" for k in range(3, 7))
-    for name in names:
-        of = stored(f"toy/results/pairs/{name}")
-        chance = of["chance"]["understanding"]["attribute_accuracy"]
-        numbers = [
-            of["understanding"]["attribute_accuracy"],
-            chance,
-            of["understanding"]["binding"],
-            of["understanding"]["binding_unseen"],
-            of["understanding_with_prompt"]["binding"],
-            of["generation"]["attribute_accuracy"],
-        ]
-        rows.append([of["level"], f"`{of['command']}`", *(f"{number:.3f}" for number in numbers)])
-    head = [
-        "level",
-        "command",
-        "reads",
-        "chance",
-        "binds",
-        "binds, unseen pairs",
-        "binds, told a prompt",
-        "draws",
+def at_level(level):
+    """The second world's default runs at a level, by seed."""
+    more = sorted((ROOT / "toy/results/pairs").glob(f"level{level}-seed*.json"))
+    return [
+        stored(f"toy/results/pairs/{name}") for name in (f"level{level}", *(f.stem for f in more))
     ]
-    return markdown(head, rows)
+
+
+LEVELS = {
+    "reads": "understanding.attribute_accuracy",
+    "binds": "understanding.binding",
+    "binds, unseen pairs": "understanding.binding_unseen",
+    "binds, told a prompt": "understanding_with_prompt.binding",
+    "draws": "generation.attribute_accuracy",
+}
+
+
+def levels():
+    """What runs at a level of the second world came to; chance is of reading, seed 0."""
+    names = "level1-brief", "level1-repulsion-0", "level2-brief"
+    runs = [at_level(level) for level in range(1, 7)]
+    runs += [[stored(f"toy/results/pairs/{name}")] for name in names]
+    rows = []
+    for of in sorted(runs, key=lambda of: of[0]["level"]):
+        first = of[0]
+        cells = [over_seeds(of, measure) for measure in LEVELS.values()]
+        chance = f"{number(first['chance'], LEVELS['reads']):.3f}"
+        rows.append([first["level"], f"`{first['command']}`", cells[0], chance, *cells[1:]])
+    reads, *others = LEVELS
+    return markdown(["level", "command", reads, "chance", *others], rows)
 
 
 BY_LEVEL = {
@@ -234,9 +236,13 @@ BY_LEVEL = {
 }
 
 
+def measured(run, mode):
+    return run[mode] | run[mode]["attribute_accuracy_each"]
+
+
 def by_level():
-    """Every measure of the default run at each level, with chance."""
-    runs = [stored(f"toy/results/pairs/level{k}") for k in range(1, 7)]
+    """Every measure of the default runs at each level, the mean over seeds, with chance."""
+    runs = [at_level(level) for level in range(1, 7)]
     parts = []
     for mode, says in {
         "understanding": "Captions of clips",
@@ -247,13 +253,16 @@ def by_level():
         rows = []
         for name, about in BY_LEVEL.items():
             cells = []
-            for run in runs:
-                of, chance = (
-                    r[mode] | r[mode]["attribute_accuracy_each"] for r in (run, run["chance"])
-                )
-                cells.append(f"{of[name]:.3f} ({chance[name]:.2f})" if name in of else "")
+            for of in runs:
+                here = [measured(run, mode) for run in of]
+                by_chance = [measured(run["chance"], mode) for run in of]
+                if name in here[0]:
+                    mean, chance = (statistics.fmean(r[name] for r in s) for s in (here, by_chance))
+                    cells.append(f"{mean:.3f} ({chance:.2f})")
+                else:
+                    cells.append("")
             rows += [[about, *cells]] if any(cells) else []
-        head = [says, *(f"level {run['level']}" for run in runs)]
+        head = [says, *(f"level {of[0]['level']}" for of in runs)]
         parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
@@ -331,7 +340,8 @@ def claims():
         parts += [f"Verdict: **{of['verdict']}**", checks_of(of)]
         parts.append(f"![figure of {name}](experiments/{name}/figure.png)")
         if second := in_pairs(name):
-            parts += [f"In `pairs`: {verdict(second)}. {second['claim']}", checks_of(second)]
+            about = textwrap.fill(f"In `pairs`: {verdict(second)}. {second['claim']}", 120)
+            parts += [about, checks_of(second)]
             if left := second["not trained"]:
                 parts.append(textwrap.fill(f"Not trained yet: {'; '.join(left)}.", 120))
             parts.append(f"![figure of {name} in pairs](pairs/{name}/figure.png)")
