@@ -260,7 +260,7 @@ def evaluate(model, world, out, clips, elapsed, has_text, share=in_turn):
 
 def table(results):
     """The measures of each mode, seen and unseen, beside chance."""
-    lines = [f"level {results['level']:<34}{'seen':>9}{'unseen':>9}{'chance':>9}"]
+    lines = [f"level {results['level']:<38}{'seen':>9}{'unseen':>9}{'chance':>9}"]
     for mode, of in results.items():
         if mode not in results["chance"]:
             continue
@@ -269,7 +269,7 @@ def table(results):
                 continue
             values = of[name], of.get(f"{name}_unseen"), results["chance"][mode].get(name)
             told = "".join(f"{'' if v is None else f'{v:.3f}':>9}" for v in values)
-            lines.append(f"{mode + '.' + name:40}{told}")
+            lines.append(f"{mode + '.' + name:44}{told}")
     return "\n".join(lines)
 
 
