@@ -192,9 +192,8 @@ def seeds():
 def at_level(level):
     """The second world's default runs at a level, by seed."""
     more = sorted((ROOT / "toy/results/pairs").glob(f"level{level}-seed*.json"))
-    return [
-        stored(f"toy/results/pairs/{name}") for name in (f"level{level}", *(f.stem for f in more))
-    ]
+    names = [f"level{level}", *(file.stem for file in more)]
+    return [stored(f"toy/results/pairs/{name}") for name in names]
 
 
 LEVELS = {
