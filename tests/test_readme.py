@@ -20,7 +20,7 @@ import train
 from engine.cost import forward_flops
 from toy.experiments import EXPERIMENTS, FULL, MARGIN, Budget, finding, judge
 from toy.measures import STEPS
-from toy.pairs_claims import AS_LONG, CAPTIONED, EVER_NEW, TEXT
+from toy.pairs_claims import AS_LONG, CAPTIONED, EVER_NEW, TEXT, shown
 from toy.pairs_claims import EXPERIMENTS as PAIRS
 from toy.pairs_claims import FULL as PAIRS_FULL
 from univigu import PRESETS
@@ -138,13 +138,19 @@ def worlds():
     early, late = (
         {start: read(start, most, when) for start in starts} for when in ("read early", "read")
     )
+    judged = {check["says"]: check["holds"] for check in claim["checks"]}
+
+    def clear(clips):
+        holds = judged[f"read: the generator beats scratch, {shown(clips)}"]
+        return "" if holds else ", no clear difference"
+
     central = (
         f"a quarter of the way {early['generator']} is read, {early['scratch']} from nothing, "
         f"{early['wrong prompts']} and {early['no prompts']} from generators that know no words; "
         f"at the end {late['generator']}, {late['scratch']}, {late['wrong prompts']} and "
-        f"{late['no prompts']} "
+        f"{late['no prompts']}{clear(most)} "
         f"({seeds(most, starts)}); with {few} captioned clips {read('generator', few)}, and "
-        f"{read('scratch', few)} from nothing "
+        f"{read('scratch', few)} from nothing{clear(few)} "
         f"({seeds(few, starts[:2])})"
     )
     rows = [
