@@ -161,6 +161,19 @@ def test_binding_by_product_is_binding_where_attributes_are_right_independently(
     assert bound(wrong) == (0, 0)
 
 
+def test_a_relation_told_always_is_right_in_half_of_the_clips_at_most():
+    """What toy/README.md sets beside the relations that the model tells."""
+    wanted = pairs_evaluate.truth(pairs.sample(range(512), "seen", 0, 5))
+    ids = wanted.attributes[..., pairs_evaluate.COLOUR].tolist()
+    colours = [[ATTRIBUTES["colour"][i] for i in both] for both in ids]
+    right = {}
+    for k, relation in enumerate(pairs.RELATIONS):
+        told = pairs_evaluate.Told(wanted.attributes, [(k, *both) for both in colours])
+        right[relation] = pairs_evaluate.score(told, wanted, 5)["relation"]
+    print(right)
+    assert max(right, key=right.get) == "starts above" and 0.4 < right["starts above"] < 0.5
+
+
 def test_its_recipes_take_longer_and_the_papers_recalls_in_two_steps_of_five():
     for recipe, recall in (("default", 200), ("paper", 2160)):
         options, *_ = train.parse(["--data", "pairs", "--recipe", recipe])
