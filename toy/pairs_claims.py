@@ -70,7 +70,7 @@ def gains(name):
     """The checks of `name`, a number, at each count of captioned clips."""
     asked = (
         ("the generator beats scratch", "generator", "scratch", False),
-        ("the generator beats one of 600 steps", "generator", "generator, a fifth", True),
+        ("the generator beats one of fewer steps", "generator", "generator, a fifth", True),
         ("a generator without words beats scratch", "no prompts", "scratch", True),
         ("one of the wrong words beats scratch", "wrong prompts", "scratch", True),
         ("the generator beats one without words", "generator", "no prompts", True),
